@@ -1,0 +1,14 @@
+"""peft_teach: parameter-efficient fine-tuning, written to be read.
+
+`import peft_teach` loads torch and safetensors and nothing else; peft, transformers, bitsandbytes,
+matplotlib and hypothesis are imported by the functions that use them.
+"""
+
+import safetensors.torch  # noqa: F401  (the one format that adapters are kept in)
+import torch  # noqa: F401
+
+from peft_teach.lora.layer import LoRALayer, LoRALinear, add_update, delta_weight, init_lora_
+
+__version__ = "2026.1"
+
+__all__ = ["LoRALayer", "LoRALinear", "add_update", "delta_weight", "init_lora_"]
