@@ -113,10 +113,10 @@ def linear_sizes(linear: nn.Module) -> tuple[int, int]:
         raise TypeError(
             f"linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}"
         )
-    if not linear.weight.is_floating_point():
+    if linear.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(
-            f"linear.weight must be floating point, got {linear.weight.dtype}: "
-            "a quantized layer needs QLoRALinear"
+            "linear.weight must be float16, bfloat16, float32 or float64, "
+            f"got {linear.weight.dtype}: a quantized layer needs QLoRALinear"
         )
     return in_features, out_features
 
@@ -209,7 +209,10 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the update into linear.weight. Merging twice changes nothing."""
+        """Put the update into linear.weight. Merging twice changes nothing.
+
+        A state_dict taken now holds the merged weight; layers that share the weight change too.
+        """
         if self.merged:
             return
         weight = self.linear.weight
