@@ -203,7 +203,8 @@ def describe(answer: Any, key: str) -> dict:
     blank = [name for name, f in functions.items() if f is not None and is_blank(f, key)]
     try:
         parameters = [
-            {"name": p.name, "required": p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            {"name": p.name, "open": p.kind is p.VAR_KEYWORD,
+             "required": p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
             for p in inspect.signature(answer).parameters.values()
         ]
     except (TypeError, ValueError):

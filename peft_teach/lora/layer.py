@@ -228,5 +228,5 @@ class LoRALinear(nn.Module):
         self.linear.weight.copy_(self.weight_before_merge)
         self.weight_before_merge = None
 
-    def extra_repr(self) -> str:
+    def extra_repr(self) -> str:  # given
         return f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}, merged={self.merged}"

@@ -1,0 +1,12 @@
+"""What a chapter's cells use: exercises, their checks, and numbers that are honest."""
+
+from peft_teach.course.checking import Verdict, check, hint, progress, solution
+from peft_teach.course.exercise import Exercise, exercises
+from peft_teach.course.numbers import budget, measured, predict, reveal, settings
+from peft_teach.course.show import show
+from peft_teach.course.use import use, whose
+
+__all__ = [
+    "Exercise", "Verdict", "budget", "check", "exercises", "hint", "measured", "predict", "progress",
+    "reveal", "settings", "show", "solution", "use", "whose",
+]

@@ -1,0 +1,1 @@
+"""What each chapter's answers are checked with: probes, oracles, hints. One file a chapter."""

@@ -1,0 +1,202 @@
+"""From a chapter's source to its two notebooks: the learner's, blank, and the solved one, executed.
+
+    solutions/NN_name.py ──┬──▶ solutions/NN_name.ipynb   answers filled in, executed
+                           └──▶ chapters/NN_name.ipynb    answers blanked, no outputs
+
+A cell of the source may carry `key="chapter.answer"` and `role="answer|check|given|figure|optional"`.
+A line `# source: package.module: name other_name` in a cell is replaced by those definitions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft_teach.course.blank import blank, definition
+from peft_teach.course.exercise import find
+
+ROLES = ("answer", "check", "given", "figure", "optional")
+SOURCE_LINE = re.compile(r"^# source: ([\w.]+): ([\w ]+)$", re.M)
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python", "file_extension": ".py", "mimetype": "text/x-python"},
+}
+
+
+class BuildError(Exception):
+    """A chapter's source is not what the builder can use; says which cell, and why."""
+
+
+@dataclass(frozen=True)
+class Chapter:
+    source: Path
+
+    @property
+    def solved(self) -> Path:
+        return self.source.with_suffix(".ipynb")
+
+    @property
+    def blank(self) -> Path:
+        return self.source.parent.parent / "chapters" / self.solved.name
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The repository's folder, from anywhere in it; FileNotFoundError elsewhere."""
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
+        if (folder / "solutions").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    raise FileNotFoundError("this needs the repository: no folder above has solutions/ and pyproject.toml")
+
+
+def chapters(root: Path, number: str | None = None) -> list[Chapter]:
+    """The chapters, or the one with this number; LookupError when there is none."""
+    there = [Chapter(p) for p in sorted((root / "solutions").glob("[0-9A]*_*.py"))]
+    if number is None:
+        return there
+    wanted = [c for c in there if c.source.name.split("_")[0].lstrip("0") == number.lstrip("0")]
+    if not wanted:
+        raise LookupError(f"no chapter {number}. There is: {', '.join(c.source.stem for c in there)}")
+    return wanted
+
+
+def make(chapter: Chapter, blanked: bool):
+    """The notebook, not executed."""
+    import jupytext
+    import nbformat
+
+    notebook = nbformat.v4.new_notebook(metadata=METADATA)
+    seen: Counter[str] = Counter()
+    for number, cell in enumerate(jupytext.read(chapter.source, fmt="py:percent").cells):
+        where = f"{chapter.source.name}, cell {number} ({cell.source[:40]!r})"
+        key, role = cell.metadata.get("key"), cell.metadata.get("role")
+        if role is not None and role not in ROLES:
+            raise BuildError(f"{where}: role {role!r} is none of {', '.join(ROLES)}")
+        try:
+            text = _answer_cell(cell.source, key, blanked) if role == "answer" else _expand(cell.source)
+        except (LookupError, ImportError, AttributeError, KeyError) as error:
+            raise BuildError(f"{where}: {error}") from None
+        stem = key.replace(".", "-") if key else hashlib.sha256(cell.source.encode()).hexdigest()[:12]
+        seen[stem] += 1
+        identity = stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
+        metadata = {k: v for k, v in cell.metadata.items() if k not in ("key", "role", "lines_to_next_cell")}
+        if key or role:
+            metadata["peft_teach"] = {k: v for k, v in (("key", key), ("role", role)) if v}
+        new = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
+        notebook.cells.append(new(text, id=identity, metadata=metadata))
+    return notebook
+
+
+def _expand(text: str) -> str:
+    """Put the definitions where a `# source:` line asks for them."""
+
+    def definitions(found: re.Match) -> str:
+        source = inspect.getsource(importlib.import_module(found[1]))
+        return "\n\n".join(definition(source, name).rstrip("\n") for name in found[2].split())
+
+    return SOURCE_LINE.sub(definitions, text)
+
+
+def _answer_cell(text: str, key: str, blanked: bool) -> str:
+    exercise = find(key)
+    answer = _expand(text)
+    if exercise.name not in answer:
+        raise LookupError(f"the answer cell of {key} doesn't define {exercise.name}")
+    return blank(answer, key).rstrip("\n") if blanked else answer
+
+
+def execute(notebook, folder: Path):
+    """Run all cells as CI does: fresh state, no progress bars. CellExecutionError when one fails."""
+    from nbclient import NotebookClient
+
+    os.environ["PEFT_TEACH_BUILD"] = "1"
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False,
+                            resources={"metadata": {"path": str(folder)}})
+    client.execute()
+    notebook.metadata = METADATA
+    return notebook
+
+
+def sanitize(outputs: list) -> list:
+    """Outputs without what may differ from machine to machine: pictures, and numbers behind ≈."""
+    plain = []
+    for output in outputs:
+        output = {k: v for k, v in output.items() if k != "execution_count"}
+        if "data" in output:
+            output["data"] = {k: v for k, v in output["data"].items() if not k.startswith("image/")}
+        plain.append(re.sub(r"≈ \S+", "≈ #", repr(output)))
+    return plain
+
+
+def build(chapter: Chapter) -> list[Path]:
+    """Make both notebooks; → those files that changed. Same outputs, same file: git stays quiet."""
+    solved = make(chapter, blanked=False)
+    changed = write(chapter.blank, make(chapter, blanked=True))
+    execute(solved, chapter.source.parent)
+    if not chapter.solved.exists() or stale(chapter.solved, solved) or not _same_outputs(chapter.solved, solved):
+        changed += write(chapter.solved, solved)
+    return changed
+
+
+def _same_outputs(path: Path, notebook) -> bool:
+    import nbformat
+
+    old = nbformat.read(path, as_version=4)
+    return all(sanitize(a.get("outputs", [])) == sanitize(b.get("outputs", [])) for a, b in zip(old.cells, notebook.cells))
+
+
+def write(path: Path, notebook) -> list[Path]:
+    """Write it whole or not at all; → [path] if that changed anything."""
+    import nbformat
+
+    text = nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
+    if path.exists() and path.read_text("utf-8") == text:
+        return []
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return [path]
+
+
+def stale(path: Path, fresh) -> str:
+    """In what a notebook on disk differs from what its source gives (not in outputs), or ""."""
+    import nbformat
+
+    if not path.exists():
+        return f"{path.name} is missing"
+    old = nbformat.read(path, as_version=4)
+    if len(old.cells) != len(fresh.cells):
+        return f"{len(old.cells)} cells instead of {len(fresh.cells)}"
+    for a, b in zip(old.cells, fresh.cells):
+        if (a.cell_type, a.source, a.id) != (b.cell_type, b.source, b.id):
+            return f"cell {b.id} is not what the source says"
+        if {k: v for k, v in a.metadata.items() if k != "execution"} != dict(b.metadata):
+            return f"the metadata of cell {b.id} are not what the source says"
+    return "" if dict(old.metadata) == METADATA else "the notebook's metadata are not the builder's"
+
+
+def check_built(chapter: Chapter) -> list[str]:
+    """What is stale or was not executed, a line each; executes nothing."""
+    import nbformat
+
+    found = []
+    for path, blanked in ((chapter.solved, False), (chapter.blank, True)):
+        problem = stale(path, make(chapter, blanked))
+        if problem:
+            found.append(f"{path.parent.name}/{path.name}: {problem}")
+    if not found:
+        solved = nbformat.read(chapter.solved, as_version=4)
+        if not all(c.execution_count for c in solved.cells if c.cell_type == "code" and c.source.strip()):
+            found.append(f"solutions/{chapter.solved.name}: not every cell was executed")
+        if any(c.get("outputs") for c in nbformat.read(chapter.blank, as_version=4).cells):
+            found.append(f"chapters/{chapter.blank.name}: it has outputs")
+    return found

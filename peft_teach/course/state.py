@@ -1,0 +1,70 @@
+"""What is remembered of a learner: one small JSON file an exercise, in the learner's own folder.
+
+The folder is `PEFT_TEACH_HOME`, or `.peft_teach` beside the notebook. With `PEFT_TEACH_BUILD=1`
+(the builder and CI) every process has a fresh one that is removed at its end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_unwritable: dict[str, dict] = {}  # what could not be written: kept for this session
+
+
+def building() -> bool:
+    """Is this the builder or CI, and not a learner?"""
+    return os.environ.get("PEFT_TEACH_BUILD", "") not in ("", "0")
+
+
+@functools.cache
+def _fresh_home() -> Path:
+    folder = tempfile.mkdtemp(prefix="peft_teach_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def home() -> Path:
+    """The learner's folder; it may not exist yet."""
+    if os.environ.get("PEFT_TEACH_HOME"):
+        return Path(os.environ["PEFT_TEACH_HOME"])
+    return _fresh_home() if building() else Path.cwd() / ".peft_teach"
+
+
+def read(name: str) -> dict[str, Any]:
+    """What is known of `name`; {} when nothing is, or when its file is broken (it is put aside)."""
+    path = home() / f"{name}.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return dict(_unwritable.get(str(path), {}))
+    except OSError:
+        return {}
+    except ValueError:
+        path.replace(path.with_suffix(".broken"))
+        return {}
+
+
+def write(name: str, **changes: Any) -> dict[str, Any]:
+    """Change some fields of what is known of `name`; whole or not at all. → all of it."""
+    record = read(name) | changes
+    path = home() / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f"{name}.", suffix=".part")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+        os.replace(part, path)
+    except OSError as error:
+        if not _unwritable:
+            print(f"{home()} can't be written ({error.strerror}): your progress is kept "
+                  "for this session only. Set PEFT_TEACH_HOME to a folder of yours.", file=sys.stderr)
+        _unwritable[str(path)] = record
+    return record
