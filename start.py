@@ -429,12 +429,14 @@ def set_up():
     print("Setting up peft_teach in %s with Python %d.%d." % ((VENV,) + sys.version_info[:2]))
     if "%d.%d" % sys.version_info[:2] not in TESTED:
         print("Note: this course was tried with Python 3.11 to 3.13 only.")
-    if installed_torch_is_missing(todo):
+    if torch_is_missing(todo):
         print(
             "It downloads about %d MiB (what pip's cache has already is not fetched again) and takes "
             "about\n%d MiB of disk. Where the index serves torch with CUDA it is more; you are told "
             "before." % (DOWNLOAD_CPU, DISK_CPU)
         )
+    else:
+        print("It downloads only what has changed or is still missing.")
     check_disk(DOWNLOAD_CPU, DISK_CPU)
 
     if todo == "make":
@@ -471,7 +473,7 @@ def set_up():
     sys.stdout.flush()
 
 
-def installed_torch_is_missing(todo):
+def torch_is_missing(todo):
     return todo == "make" or installed("torch") != pinned("torch")
 
 
