@@ -144,11 +144,12 @@ def test_delta_of_16_bit_factors_on_a_cpu():
 @pytest.mark.parametrize(
     "dtype, least, most",
     [
-        # max|difference| / max|weight|; measured 1.3e-7, 3.1e-16, 8.2e-3, 9.8e-4 on a CPU
-        (torch.float32, 1e-9, 1e-6),
-        (torch.float64, 1e-18, 2e-15),
-        (torch.bfloat16, 2e-3, 6e-2),
-        (torch.float16, 2e-4, 8e-3),
+        # max|difference| / max|weight|; measured 4.8e-7, 8.9e-16, 5.9e-2, 6.1e-3 on a CPU
+        # (of the bfloat16 weights 64 % came back changed)
+        (torch.float32, 1e-8, 2e-6),
+        (torch.float64, 1e-17, 4e-15),
+        (torch.bfloat16, 1e-2, 2e-1),
+        (torch.float16, 1e-3, 2e-2),
     ],
 )
 def test_merge_then_unmerge_does_not_restore_the_weight(dtype, least, most, device):

@@ -651,6 +651,7 @@ def test_moved_while_merged(device, to):
     weight = layer.linear.weight.detach().clone()
     layer.merge()
     layer.to(to)
+    assert layer.weight_before_merge.dtype == to
     layer.unmerge()
     assert_same_bits(layer.linear.weight, weight.to(to))
     assert layer(new_input(Setting(), to, device)).dtype == to
@@ -743,7 +744,9 @@ BAD_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("arguments, error, fragments", BAD_ARGUMENTS, ids=[str(bad[0]) for bad in BAD_ARGUMENTS])
+@pytest.mark.parametrize(
+    "arguments, error, fragments", BAD_ARGUMENTS, ids=[str(bad[0]) for bad in BAD_ARGUMENTS]
+)
 @pytest.mark.parametrize(
     "make",
     [lambda **kw: LoRALinear(nn.Linear(7, 5), **kw), lambda **kw: LoRALayer(7, 5, **kw)],

@@ -98,7 +98,6 @@ def share(a, b):
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, limit", [(torch.float32, 3.0e-6), (torch.bfloat16, 4.5e-2)], ids=["float32", "bfloat16"]
 )
