@@ -208,11 +208,25 @@ def step(what, command):
             print(line, file=sys.stderr)
         code = process.wait()
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
+        stop(process)
         raise
     if code != 0:
         raise Failed(explain(what, code, lines))
+
+
+def stop(process):
+    """End pip so that it can still remove its temporary files, which may be large.
+
+    After Ctrl-C it has been told already; after a SIGTERM to this program it has not.
+    """
+    tell_again = process.terminate if WINDOWS else lambda: process.send_signal(signal.SIGINT)
+    for seconds, then in ((2, tell_again), (10, process.kill)):
+        try:
+            process.wait(timeout=seconds)
+            return
+        except subprocess.TimeoutExpired:
+            then()
+    process.wait()
 
 
 CAUSES = [
