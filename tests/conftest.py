@@ -1,9 +1,4 @@
-"""What every test shares: the devices there are, and a report whose first lines name them."""
-
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+"""What every test shares: the devices there are."""
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 
 
 def definition(source: str, name: str) -> str:
@@ -72,7 +73,8 @@ def _stub(key: str, where: str, at: ast.stmt) -> str:
 
 def _hollow(value: ast.expr) -> str:
     if isinstance(value, ast.Dict):
-        inner = "".join(f"    {ast.unparse(k)}: {_hollow(v)},\n" for k, v in zip(value.keys, value.values))
+        shown = [json.dumps(k.value, ensure_ascii=False) if isinstance(k, ast.Constant) else ast.unparse(k) for k in value.keys]
+        inner = "".join(f"    {k}: {_hollow(v)},\n" for k, v in zip(shown, value.values))
         return "{\n" + inner + "}"
     if isinstance(value, ast.Tuple):
         return "(" + ", ".join("..." for _ in value.elts) + ")"

@@ -467,6 +467,10 @@ def _lines(found: Difference, exercise: Exercise | None = None) -> list:
         lines = [("looked at", found.what), ("raised", f"{error.type}: {error.message}")]
         return lines + ([("in", error.where)] if error.where else [])
     lines = [("looked at", found.what)]
+    if _unfilled(found.got):
+        return lines + [("yours", "still `...`")]
+    if found.got is None and found.what.startswith("the gradient"):
+        return lines + [("yours", "None: it has no gradient"), ("expected", f"a tensor {tuple(found.expected.shape)}")]
     if found.kind == "type":
         got = found.got.type if isinstance(found.got, Opaque) else type(found.got).__name__
         kind = f"a tensor {tuple(found.expected.shape)}" if isinstance(found.expected, Tensor) else f"{found.expected!r}"
@@ -483,6 +487,10 @@ def _lines(found: Difference, exercise: Exercise | None = None) -> list:
     say = lambda v: (f"{v:.6g}" if isinstance(v, float) else repr(v)) + unit  # noqa: E731
     hide = exercise is not None and exercise.kind == "answer"  # an answer is not given away by its check
     return lines + [("yours", say(found.got))] + ([] if hide else [("expected", say(found.expected))])
+
+
+def _unfilled(value: Any) -> bool:
+    return isinstance(value, Opaque) and value.type == "ellipsis" or isinstance(value, tuple) and any(map(_unfilled, value))
 
 
 def corner(tensor: Tensor, at: list[int]) -> str:

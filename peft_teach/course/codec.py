@@ -21,6 +21,11 @@ from torch import Tensor, nn
 
 MAX_BYTES = 256 * 2**20  # a message above this is refused: 256 MiB
 MAX_DEPTH = 32
+MAX_BITS = 4096  # of a whole number
+DTYPES = frozenset({  # those that safetensors writes and reads; a tensor of another one can't cross
+    torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
+})
 
 
 class CodecError(ValueError):
@@ -85,9 +90,9 @@ def encode(value: Any, expose: Callable[[Remote], int] | None = None, strict: bo
     def walk(v, depth):
         if depth > MAX_DEPTH:
             raise CodecError(f"nested more than {MAX_DEPTH} deep")
-        if v is None or isinstance(v, (bool, int, float, str)):
+        if v is None or isinstance(v, (bool, float, str)) or isinstance(v, int) and v.bit_length() <= MAX_BITS:
             return v
-        if isinstance(v, Tensor) and v.layout == torch.strided and v.device.type != "meta":
+        if isinstance(v, Tensor) and v.layout == torch.strided and v.dtype in DTYPES and v.device.type in ("cpu", "cuda"):
             name = str(len(tensors))
             tensors[name] = v.detach().to("cpu", copy=True).contiguous()
             return {"$": "tensor", "name": name, "grad": v.requires_grad, "device": str(v.device)}
@@ -110,14 +115,17 @@ def encode(value: Any, expose: Callable[[Remote], int] | None = None, strict: bo
             return {"$": "linear", "kind": v.kind} | {k: walk(t, depth + 1) for k, t in fields.items()}
         if isinstance(v, Remote) and expose is not None:
             return {"$": "remote", "id": expose(v), "methods": list(v.methods)}
-        if type(v).__module__ == "numpy" and hasattr(v, "item") and getattr(v, "ndim", 1) == 0:
+        if type(v).__module__ == "numpy" and getattr(v, "ndim", 1) == 0 and isinstance(v.item(), (bool, int, float, str)):
             return walk(v.item(), depth + 1)
         if strict:
             raise CodecError(f"a {type(v).__name__} can't cross: tensors and plain data only")
         return {"$": "opaque", "type": type(v).__name__}
 
     text = json.dumps(walk(value, 0)).encode()
-    return struct.pack("<Q", len(text)) + text + (save(tensors) if tensors else b"")
+    message = struct.pack("<Q", len(text)) + text + (save(tensors) if tensors else b"")
+    if len(message) > MAX_BYTES:
+        raise CodecError(f"a message of {len(message)} bytes is above the limit of {MAX_BYTES}")
+    return message
 
 
 def decode(message: bytes, stand_in: Callable[[int, list[str]], Any] | None = None) -> Any:
@@ -126,6 +134,8 @@ def decode(message: bytes, stand_in: Callable[[int, list[str]], Any] | None = No
         raise CodecError(f"a message of {len(message)} bytes is above the limit of {MAX_BYTES}")
     try:
         (length,) = struct.unpack("<Q", message[:8])
+        if length > len(message) - 8:
+            raise EOFError(f"it ends before its {length} bytes of text do")
         tree = json.loads(message[8 : 8 + length])
         body = message[8 + length :]
         tensors = load(body) if body else {}
@@ -143,8 +153,10 @@ def decode(message: bytes, stand_in: Callable[[int, list[str]], Any] | None = No
         if tag == "tensor":
             tensor = tensors[v["name"]]
             if v["device"] != "cpu":
+                if torch.device(v["device"]).type != "cuda":
+                    raise CodecError(f"a tensor on {v['device']!r} can't cross")
                 tensor = tensor.to(v["device"])
-            return tensor.requires_grad_() if v["grad"] and tensor.is_floating_point() else tensor
+            return tensor.requires_grad_() if v["grad"] else tensor
         if tag == "tuple":
             return tuple(walk(item, depth + 1) for item in v["items"])
         if tag == "dict":
@@ -165,5 +177,7 @@ def decode(message: bytes, stand_in: Callable[[int, list[str]], Any] | None = No
 
     try:
         return walk(tree)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except CodecError:
+        raise
+    except Exception as error:
         raise CodecError(f"not a message of ours: {error}") from None

@@ -4,7 +4,8 @@
                            └──▶ chapters/NN_name.ipynb    answers blanked, no outputs
 
 A cell of the source may carry `key="chapter.answer"` and `role="answer|check|given|figure|optional"`.
-A line `# source: package.module: name other_name` in a cell is replaced by those definitions.
+A line `# source: package.module: name other_name` in a cell is replaced by those definitions, and
+`{{chapter.answer}}` in a text by the exercise's line: difficulty, importance, minutes, points.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from peft_teach.course.blank import blank, definition
 from peft_teach.course.exercise import find
 
 ROLES = ("answer", "check", "given", "figure", "optional")
+EXERCISE_LINE = re.compile(r"\{\{([\w.]+)\}\}")
 SOURCE_LINE = re.compile(r"^# source: ([\w.]+): ([\w ]+)$", re.M)
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -80,7 +82,10 @@ def make(chapter: Chapter, blanked: bool):
         if role is not None and role not in ROLES:
             raise BuildError(f"{where}: role {role!r} is none of {', '.join(ROLES)}")
         try:
-            text = _answer_cell(cell.source, key, blanked) if role == "answer" else _expand(cell.source)
+            if cell.cell_type == "markdown":
+                text = EXERCISE_LINE.sub(lambda found: exercise_line(found[1]), cell.source)
+            else:
+                text = _answer_cell(cell.source, key, blanked) if role == "answer" else _expand(cell.source)
         except (LookupError, ImportError, AttributeError, KeyError) as error:
             raise BuildError(f"{where}: {error}") from None
         stem = key.replace(".", "-") if key else hashlib.sha256(cell.source.encode()).hexdigest()[:12]
@@ -92,6 +97,13 @@ def make(chapter: Chapter, blanked: bool):
         new = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
         notebook.cells.append(new(text, id=identity, metadata=metadata))
     return notebook
+
+
+def exercise_line(key: str) -> str:
+    """What stands under an exercise's heading."""
+    e = find(key)
+    points = f"{e.points} point{'s' if e.points > 1 else ''}"
+    return f"difficulty {e.difficulty}/5 · importance {e.importance}/5 · {e.minutes[0]}–{e.minutes[1]} min · {points}"
 
 
 def _expand(text: str) -> str:
@@ -109,14 +121,14 @@ def _answer_cell(text: str, key: str, blanked: bool) -> str:
     answer = _expand(text)
     if exercise.name not in answer:
         raise LookupError(f"the answer cell of {key} doesn't define {exercise.name}")
-    return blank(answer, key).rstrip("\n") if blanked else answer
+    return (blank(answer, key) if blanked else answer).rstrip("\n")
 
 
 def execute(notebook, folder: Path):
     """Run all cells as CI does: fresh state, no progress bars. CellExecutionError when one fails."""
     from nbclient import NotebookClient
 
-    os.environ["PEFT_TEACH_BUILD"] = "1"
+    os.environ |= {"PEFT_TEACH_BUILD": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(folder)}})
     client.execute()
@@ -140,9 +152,19 @@ def build(chapter: Chapter) -> list[Path]:
     solved = make(chapter, blanked=False)
     changed = write(chapter.blank, make(chapter, blanked=True))
     execute(solved, chapter.source.parent)
+    _all_passed(solved)
     if not chapter.solved.exists() or stale(chapter.solved, solved) or not _same_outputs(chapter.solved, solved):
         changed += write(chapter.solved, solved)
     return changed
+
+
+def _all_passed(notebook) -> None:
+    """Each check cell of a solved notebook shows a ✓; BuildError with its verdict otherwise."""
+    for cell in notebook.cells:
+        if cell.metadata.get("peft_teach", {}).get("role") == "check":
+            told = "".join(o["data"].get("text/plain", "") for o in cell.outputs if "data" in o)
+            if not told.startswith("✓"):
+                raise BuildError(f"the answer filled in does not pass:\n{told or cell.source}")
 
 
 def _same_outputs(path: Path, notebook) -> bool:

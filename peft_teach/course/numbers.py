@@ -22,7 +22,7 @@ def measured(name: str, value: float, expect: float, tol: float, unit: str = "")
     tol: how far it may be off, as a share of `expect` (0.5: between half and one and a half).
     AssertionError outside of that range. → the value.
     """
-    value = float(value)
+    value = float(getattr(value, "detach", lambda: value)())  # of a tensor with a gradient, too
     print(f"{name} ≈ {value:.4g}{' ' + unit if unit else ''}")
     if budget(True, False) and not (math.isfinite(value) and abs(value - expect) <= tol * abs(expect)):
         low, high = sorted((expect - tol * expect, expect + tol * expect))

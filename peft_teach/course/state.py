@@ -52,7 +52,7 @@ def read(name: str) -> dict[str, Any]:
         return {}
 
 
-def write(name: str, **changes: Any) -> dict[str, Any]:
+def write(name: str, /, **changes: Any) -> dict[str, Any]:
     """Change some fields of what is known of `name`; whole or not at all. → all of it."""
     record = read(name) | changes
     path = home() / f"{name}.json"

@@ -199,7 +199,7 @@ def describe(answer: Any, key: str) -> dict:
     elif callable(answer):
         functions, kind, names = {getattr(answer, "__name__", "it"): answer}, "function", []
     else:
-        return {"type": "value", "blank": ["answer"] if answer is ... else [], "parameters": [], "names": []}
+        return {"type": "value", "blank": ["answer"] if _hollow(answer) else [], "parameters": [], "names": []}
     blank = [name for name, f in functions.items() if f is not None and is_blank(f, key)]
     try:
         parameters = [
@@ -210,6 +210,15 @@ def describe(answer: Any, key: str) -> dict:
     except (TypeError, ValueError):
         parameters = []
     return {"type": kind, "blank": blank, "parameters": parameters, "names": names}
+
+
+def _hollow(answer: Any) -> bool:
+    """Is every value in it still `...`?"""
+    if isinstance(answer, dict):
+        return bool(answer) and all(map(_hollow, answer.values()))
+    if isinstance(answer, (tuple, list)):
+        return bool(answer) and all(map(_hollow, answer))
+    return answer is ...
 
 
 def _function_of(value: Any):

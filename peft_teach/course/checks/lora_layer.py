@@ -403,6 +403,7 @@ def merge_again(subject: Subject, s: dict) -> Items:
 def conv1d(subject: Subject, s: dict) -> Items:
     """GPT-2's layer keeps its weight as (in, out). It may be left out, but not be wrong in silence."""
     W, bias, A, B, x = draw(s, "W", "bias", "A", "B", "x")
+    filled(subject, s | {"bias": True})(x)  # leaving a Conv1D out is one thing, having no layer another
     left_out = "Conv1D (GPT-2's layer, weight (in, out)) isn't handled; no points hang on it, chapter 04 will want it."
     try:
         layer = subject.build(LinearSpec(W.T.contiguous(), bias, "Conv1D"), r=s["r"], lora_alpha=s["lora_alpha"]).eval()
@@ -584,7 +585,7 @@ Q_PROJ = {"in_features": 576, "out_features": 192, "r": 8}  # v_proj of SmolLM2-
 
 EXERCISES = (
     Exercise(
-        "lora_layer.delta_weight", "function", LAYER, points=2, minutes=(5, 10), difficulty=1, importance=5,
+        "lora_layer.delta_weight", "function", LAYER, points=2, minutes=(4, 8), difficulty=1, importance=5,
         oracle=lambda: peft_delta_weight,
         probes=(
             Probe("the values", delta_values, PLAIN), Probe("rank-stabilised scaling", delta_rslora, PLAIN),
@@ -598,7 +599,7 @@ EXERCISES = (
         why="B A is a matrix of rank at most r. Dividing by r keeps the size of the update about the same when r changes, so that lora_alpha need not be tuned anew for each r; rsLoRA argues for √r.",
     ),
     Exercise(
-        "lora_layer.parameter_count", "answer", COURSE, points=1, minutes=(2, 5), difficulty=1, importance=4, unit="trainable numbers",
+        "lora_layer.parameter_count", "answer", COURSE, points=1, minutes=(2, 4), difficulty=1, importance=4, unit="trainable numbers",
         settings=Q_PROJ, oracle=lambda: peft_parameter_count(**Q_PROJ), probes=(Probe("the count", _value, ({},)),),
         hints=(
             ("where do I begin?", "Only A and B are trained. Write down their two shapes."),
@@ -608,7 +609,7 @@ EXERCISES = (
         why="A has r · in numbers and B has out · r, so LoRA costs r · (in + out) where the weight has in · out.",
     ),
     Exercise(
-        "lora_layer.break_even_rank", "answer", COURSE, points=1, minutes=(3, 6), difficulty=2, importance=3, unit="(a rank)",
+        "lora_layer.break_even_rank", "answer", COURSE, points=1, minutes=(3, 5), difficulty=2, importance=3, unit="(a rank)",
         settings={k: Q_PROJ[k] for k in ("in_features", "out_features")},
         oracle=lambda: peft_break_even_rank(Q_PROJ["in_features"], Q_PROJ["out_features"]), probes=(Probe("the rank", _value, ({},)),),
         hints=(
@@ -619,7 +620,7 @@ EXERCISES = (
         why="r · (in + out) < in · out. For a square d × d layer that is r < d/2: low rank saves only while it is low.",
     ),
     Exercise(
-        "lora_layer.moving_factors", "answer", COURSE, points=2, minutes=(5, 10), difficulty=3, importance=4,
+        "lora_layer.moving_factors", "answer", COURSE, points=2, minutes=(4, 8), difficulty=3, importance=4,
         oracle=peft_moving_factors, probes=tuple(_entry(name) for name in INITS),
         hints=(
             ("how can I know without running?", "Write the gradient of each factor: dL/dB = scaling · G Aᵀ and dL/dA = scaling · Bᵀ G, where G is the gradient of ΔW. When is each of them zero?"),
@@ -629,7 +630,7 @@ EXERCISES = (
         why="Each factor's gradient contains the other one. One of them must be drawn, else nothing ever moves; one of them must be zero, else the new layer is not the old one.",
     ),
     Exercise(
-        "lora_layer.init_lora_", "function", LAYER, points=2, minutes=(5, 10), difficulty=2, importance=4,
+        "lora_layer.init_lora_", "function", LAYER, points=2, minutes=(3, 6), difficulty=2, importance=4,
         oracle=lambda: peft_init_, probes=(Probe("how A and B start", init_in_place, BIG, 0.05),),
         hints=(
             ("what does in place mean?", "Nothing is returned: the numbers inside A and B change. The functions in torch.nn.init whose names end in _ do that, and they switch gradients off."),
@@ -639,7 +640,7 @@ EXERCISES = (
         why="kaiming_uniform_ with a = √5 has the bound 1/√in_features, which is what nn.Linear does to its own weight. It is not the 0.01 · N(0, 1) of many tutorials.",
     ),
     Exercise(
-        "lora_layer.add_update", "function", LAYER, points=3, minutes=(10, 15), difficulty=3, importance=5,
+        "lora_layer.add_update", "function", LAYER, points=3, minutes=(8, 12), difficulty=3, importance=5,
         oracle=lambda: peft_add_update,
         probes=(
             Probe("the values", update_value, SCALED), Probe("the gradients", update_gradient, SCALED),
@@ -654,7 +655,7 @@ EXERCISES = (
         why="y in 16 bits plus an update in float32 is a float32 sum (torch promotes); it is rounded once, to y's dtype. That is bit for bit what peft does.",
     ),
     Exercise(
-        "lora_layer.LoRALayer", "module", LAYER, points=4, minutes=(10, 20), difficulty=3, importance=4,
+        "lora_layer.LoRALayer", "module", LAYER, points=4, minutes=(8, 12), difficulty=3, importance=4,
         needs=("lora_layer.delta_weight", "lora_layer.init_lora_", "lora_layer.add_update"),
         oracle=lambda: PeftLoRALayer, probes=module_probes(LAYER_SETTINGS, BIG_LAYER, DROPOUT, TRAIN_LAYER),
         hints=(
@@ -665,7 +666,7 @@ EXERCISES = (
         why="This is the right half of the picture. It has no frozen weight, so LoRALinear only has to add it.",
     ),
     Exercise(
-        "lora_layer.LoRALinear", "module", LAYER, points=8, minutes=(20, 35), difficulty=4, importance=5,
+        "lora_layer.LoRALinear", "module", LAYER, points=8, minutes=(15, 25), difficulty=4, importance=5,
         needs=("lora_layer.delta_weight", "lora_layer.init_lora_", "lora_layer.add_update"),
         oracle=lambda: PeftLoRALinear,
         probes=module_probes(SETTINGS, BIG_LINEAR, DROPOUT_LINEAR, TRAIN_LINEAR) + (
@@ -681,7 +682,7 @@ EXERCISES = (
         why="A copy restores the weight exactly; subtracting ΔW again leaves a rounding difference, in bfloat16 a visible one.",
     ),
     Exercise(
-        "lora_layer.merge_changes_nothing", "property", COURSE, points=4, minutes=(10, 20), difficulty=4, importance=4,
+        "lora_layer.merge_changes_nothing", "property", COURSE, points=4, minutes=(10, 15), difficulty=4, importance=4,
         oracle=lambda: merge_is_harmless, probes=tuple(_verdict_on(name) for name in _candidates()),
         hints=(
             ("my test catches nothing", "Is B zero? Then the update is zero, and every merge looks right. Write something into lora_B first."),
