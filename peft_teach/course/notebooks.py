@@ -136,15 +136,13 @@ def execute(notebook, folder: Path):
     return notebook
 
 
-def sanitize(outputs: list) -> list:
+def sanitize(value):
     """Outputs without what may differ from machine to machine: pictures, and numbers behind ≈."""
-    plain = []
-    for output in outputs:
-        output = {k: v for k, v in output.items() if k != "execution_count"}
-        if "data" in output:
-            output["data"] = {k: v for k, v in output["data"].items() if not k.startswith("image/")}
-        plain.append(re.sub(r"≈ \S+", "≈ #", repr(output)))
-    return plain
+    if isinstance(value, list):
+        return [sanitize(v) for v in value]
+    if isinstance(value, dict):
+        return {k: sanitize(v) for k, v in value.items() if k != "execution_count" and not k.startswith("image/")}
+    return re.sub(r"≈ \S+", "≈ #", value) if isinstance(value, str) else value
 
 
 def build(chapter: Chapter) -> list[Path]:

@@ -133,7 +133,7 @@ def test_a_rebuild_with_equal_outputs_keeps_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(("cell", "told"), [
-    ("# %% key=\"lora_layer.nothing\" role=\"answer\"\nnothing = 1\n", "lora_layer.delta_weight"),
+    ("# %% key=\"lora_layer.nothing\" role=\"answer\"\nnothing = 1\n", "no exercise"),
     ("# %% role=\"anser\"\n1\n", "anser"),
     ("# %%\n# source: peft_teach.lora.layer: no_such_thing\n", "no_such_thing"),
     ("# %% key=\"lora_layer.delta_weight\" role=\"answer\"\nother = 1\n", "doesn't define"),
