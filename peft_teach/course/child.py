@@ -64,15 +64,16 @@ def child_subject(source: str, name: str, key: str) -> Iterator[Subject]:
     finally:
         process.kill()
         process.wait()
-        process.stdin.close()
+        with contextlib.suppress(OSError):  # what could not be sent any more
+            process.stdin.close()
         process.stdout.close()
 
 
 def main() -> None:
-    requests = sys.stdin.buffer
-    replies = os.fdopen(os.dup(1), "wb")  # the pipe; what the code prints must not get into it
+    # The pipe gets other numbers: what the code prints must not get into it, what it reads not out of it.
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    sys.stdin = open(os.devnull)
     host = Host()
 
     def ask(message: bytes) -> bytes:

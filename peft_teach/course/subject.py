@@ -17,6 +17,7 @@ import builtins
 import contextlib
 import inspect
 import io
+import os
 import struct
 import time
 import traceback
@@ -67,7 +68,10 @@ class Host:
                 reply["error"] = _describe_error(error)
         reply["printed"] = printed.getvalue()[:2000]
         reply["warnings"] = [str(w.message)[:500] for w in warned if w.category is UserWarning]
-        return encode(reply, strict=False)
+        try:
+            return encode(reply, strict=False)
+        except CodecError as error:  # nested too deep, or too large
+            return encode(reply | {"value": None, "error": _describe_error(error)})
 
     def _stand_in(self, number: int, methods: list[str]):
         if self.unwrap is not None:
@@ -104,7 +108,7 @@ class Host:
         """Call; with grad_output also backward. → value, the arguments afterwards, their gradients."""
         args, kwargs = self._arguments(args, kwargs)
         function = self.answer if target is None else self._resolve(target)
-        value = (getattr(function, method) if method else function)(*args, **kwargs)
+        value = (_follow(function, method) if method else function)(*args, **kwargs)
         grads = []
         if grad_output is not None:
             if not isinstance(value, Tensor):
@@ -164,10 +168,14 @@ def _follow(value: Any, name: str) -> Any:
     return value
 
 
+_LIBRARY = os.path.dirname(os.__file__)  # Python's own
+
+
 def _describe_error(error: BaseException) -> dict:
     """An exception as text; its line is the innermost one that is not in a library."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and "peft_teach/course" not in f.filename.replace("\\", "/")]
+    own = [f for f in frames if not f.filename.startswith((_LIBRARY, "<frozen")) and "site-packages" not in f.filename
+           and "peft_teach/course" not in f.filename.replace("\\", "/")]
     where = f"line {own[-1].lineno} of {own[-1].name}: {own[-1].line}" if own else ""
     trace = "".join(traceback.format_exception_only(error)) if not own else "".join(
         traceback.format_list(own) + traceback.format_exception_only(error)
@@ -229,10 +237,14 @@ def _function_of(value: Any):
     return value if inspect.isfunction(value) else None
 
 
+def _stub():
+    raise NotImplementedError("key: where")
+
+
 def is_blank(function: Callable, key: str) -> bool:
     """Is this body still the one line `raise NotImplementedError("key: …")`?"""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None or code.co_names != ("NotImplementedError",):
+    if code is None or code.co_names != ("NotImplementedError",) or len(code.co_code) != len(_stub.__code__.co_code):
         return False
     return any(isinstance(c, str) and c.startswith(f"{key}: ") for c in code.co_consts)
 
@@ -319,7 +331,7 @@ class Instance:
     _own = ("get", "put", "grad", "train", "eval", "trainable", "zero_grad")
 
     def __init__(self, channel: Channel, ref: Ref, methods: tuple[str, ...] = ()):
-        self._channel, self._ref, self._methods = channel, ref, methods
+        vars(self).update(_channel=channel, _ref=ref, _methods=methods)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call_all(*args, **kwargs)["value"]
@@ -373,8 +385,14 @@ class Instance:
             return lambda *args, **kwargs: self.method(name, *args, **kwargs)
         if name.startswith("__"):
             raise AttributeError(name)
+        raise self._no(name)
+
+    def __setattr__(self, name: str, value: Any):
+        raise self._no(name)
+
+    def _no(self, name: str) -> AttributeError:
         there_is = ", ".join(f".{n}(…)" for n in self._own + self._methods)
-        raise AttributeError(
+        return AttributeError(
             f"this stand-in has no .{name}. There is: calling it, {there_is}. "
             f'To read or write a tensor: layer.get("lora_B"), layer.put("lora_B", tensor)'
         )
