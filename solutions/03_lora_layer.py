@@ -438,12 +438,12 @@ curves = {r: find_target(r, steps=budget(600, 5)) for r in (1, 2, 3, 4, 8)}
 # %% role="figure"
 tails = {r: (strengths[r:] ** 2).sum().item() for r in curves}
 figure, axes = plt.subplots(figsize=(7, 4))
-for (r, losses), style in zip(curves.items(), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))):
-    axes.semilogy(losses, linestyle=style, color="black", label=f"r = {r}")
+for (r, losses), style, marker in zip(curves.items(), ("-", "--", "-.", ":", "-"), ("", "", "", "", "o")):
+    axes.semilogy(losses, linestyle=style, marker=marker, markevery=40, markersize=4, color="black", label=f"r = {r}")
     if tails[r]:
         axes.axhline(tails[r], color="0.6", linewidth=0.8, linestyle=(0, (2, 4)), zorder=0)
-        axes.annotate(f"tail after {r}: {tails[r]:g}", (len(losses), tails[r]), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-axes.set(xlabel="training step", ylabel="squared error (log)", title="LoRA lands on what its rank can reach", ylim=(1e-8, 40))
+        axes.annotate(f"tail after {r}: {tails[r]:g}", (len(losses), tails[r]), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8)
+axes.set(xlabel="training step", ylabel="squared error (log)", title="LoRA lands on what its rank can reach", ylim=(1e-4, 60))
 axes.legend()
 fact = "\n".join(f"r = {r}: error {losses[-1]:.2f}, best possible {tails[r]:.2f}" for r, losses in curves.items())
 show(figure, alt="Squared error against training step for five ranks. Ranks 1, 2 and 3 each level off on the dashed "

@@ -25,6 +25,7 @@ from peft_teach.course.exercise import find
 
 ROLES = ("answer", "check", "given", "figure", "optional")
 EXERCISE_LINE = re.compile(r"\{\{([\w.]+)\}\}")
+PREDICTION = re.compile(r'^(predict\("[\w.]+", ).*\)$', re.M)
 SOURCE_LINE = re.compile(r"^# source: ([\w.]+): ([\w ]+)$", re.M)
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -86,6 +87,7 @@ def make(chapter: Chapter, blanked: bool):
                 text = EXERCISE_LINE.sub(lambda found: exercise_line(found[1]), cell.source)
             else:
                 text = _answer_cell(cell.source, key, blanked) if role == "answer" else _expand(cell.source)
+                text = PREDICTION.sub(r"\1...)", text) if blanked else text
         except (LookupError, ImportError, AttributeError, KeyError) as error:
             raise BuildError(f"{where}: {error}") from None
         stem = key.replace(".", "-") if key else hashlib.sha256(cell.source.encode()).hexdigest()[:12]

@@ -46,7 +46,8 @@ class Card:
         for line in self.lines:
             if isinstance(line, tuple):
                 label, body = line
-                value = f"{pre}{html.escape(body)}</pre>" if "\n" in body else escape(body)
+                aligned = "\n" in body and "  " in body  # numbers in columns, or code
+                value = f"{pre}{html.escape(body)}</pre>" if aligned else escape(body)
                 out.append(f"<div><span style='opacity:.75'>{escape(label)}</span>&ensp;{value}</div>")
             else:
                 out.append(f"<div>{escape(line)}</div>")

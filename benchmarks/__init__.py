@@ -1,0 +1,1 @@
+"""Ratios against peers, measured side by side: one file a question, `make bench` runs all."""
