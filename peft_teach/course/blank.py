@@ -54,10 +54,16 @@ def blank(source: str, key: str) -> str:
         start = function.body[0]
         if isinstance(start, ast.Expr) and isinstance(start.value, ast.Constant) and isinstance(start.value.value, str):
             if len(body) == 1:
-                edits.append((start.end_lineno + 1, start.end_lineno, _stub(key, where, start)))
+                edits.append((start.end_lineno + 1, start.end_lineno, " " * start.col_offset + _stub(key, where)))
                 continue
             start = body[1]
-        edits.append((start.lineno, function.end_lineno, _stub(key, where, start)))
+        first = min([start.lineno] + [d.lineno for d in getattr(start, "decorator_list", [])])
+        head = lines[start.lineno - 1].encode()[: start.col_offset].decode()
+        if head.strip() and first == start.lineno:  # a body on the line of its `def`
+            stub = " " * (function.col_offset + 4) + _stub(key, where)
+            edits.append((first, function.end_lineno, f"{head.rstrip()}\n{stub}"))
+        else:
+            edits.append((first, function.end_lineno, " " * start.col_offset + _stub(key, where)))
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and "# given" not in lines[node.end_lineno - 1]:
             target = ast.unparse(node.targets[0])
@@ -67,13 +73,14 @@ def blank(source: str, key: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _stub(key: str, where: str, at: ast.stmt) -> str:
-    return " " * at.col_offset + f'raise NotImplementedError("{key}: {where}")'
+def _stub(key: str, where: str) -> str:
+    return f'raise NotImplementedError("{key}: {where}")'
 
 
 def _hollow(value: ast.expr) -> str:
     if isinstance(value, ast.Dict):
-        shown = [json.dumps(k.value, ensure_ascii=False) if isinstance(k, ast.Constant) else ast.unparse(k) for k in value.keys]
+        text = lambda k: isinstance(k, ast.Constant) and isinstance(k.value, str)  # noqa: E731
+        shown = [json.dumps(k.value, ensure_ascii=False) if text(k) else ast.unparse(k) for k in value.keys]
         inner = "".join(f"    {k}: {_hollow(v)},\n" for k, v in zip(shown, value.values))
         return "{\n" + inner + "}"
     if isinstance(value, ast.Tuple):

@@ -77,15 +77,21 @@ def in_notebook() -> bool:
     return bool(shell) and hasattr(shell, "kernel")
 
 
+def _has_numbers(axis: Any) -> bool:
+    """Are there numbers along it? A colour bar has none across, shared axes only at the edge."""
+    drawn = any(axis.get_tick_params().get(f"label{side}") for side in ("bottom", "top", "left", "right"))
+    return axis.get_visible() and drawn and len(axis.get_ticklocs()) > 0
+
+
 def show(fig: Any, alt: str, fact: str) -> None:
     """Show a matplotlib figure. `alt` says what is to be seen; `fact`, the number to take away, is printed.
 
-    ValueError when the figure's axes lack a label, or alt is empty: some readers only have those.
+    ValueError when an axis with numbers along it lacks a label, or alt is empty: some readers only have those.
     """
     if not alt.strip():
         raise ValueError("alt must say in a sentence what the figure shows")
     for axes in fig.axes:
-        if axes.axison and not (axes.get_xlabel() and axes.get_ylabel()):
+        if axes.axison and any(_has_numbers(axis) and not axis.get_label_text() for axis in (axes.xaxis, axes.yaxis)):
             raise ValueError(f"axes {axes.get_title()!r} need a label on x and on y, with units")
     import matplotlib.pyplot as plt
 

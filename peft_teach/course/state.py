@@ -7,6 +7,7 @@ The folder is `PEFT_TEACH_HOME`, or `.peft_teach` beside the notebook. With `PEF
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -41,15 +42,19 @@ def home() -> Path:
 def read(name: str) -> dict[str, Any]:
     """What is known of `name`; {} when nothing is, or when its file is broken (it is put aside)."""
     path = home() / f"{name}.json"
+    if str(path) in _unwritable:
+        return dict(_unwritable[str(path)])
     try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return dict(_unwritable.get(str(path), {}))
+        record = json.loads(path.read_text("utf-8"))
+        if isinstance(record, dict):
+            return record
     except OSError:
         return {}
     except ValueError:
+        pass
+    with contextlib.suppress(OSError):
         path.replace(path.with_suffix(".broken"))
-        return {}
+    return {}
 
 
 def write(name: str, /, **changes: Any) -> dict[str, Any]:
@@ -59,9 +64,14 @@ def write(name: str, /, **changes: Any) -> dict[str, Any]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f"{name}.", suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-        os.replace(part, path)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(record, file, indent=1)
+            os.replace(part, path)
+        except BaseException:
+            os.unlink(part)
+            raise
+        _unwritable.pop(str(path), None)
     except OSError as error:
         if not _unwritable:
             print(f"{home()} can't be written ({error.strerror}): your progress is kept "

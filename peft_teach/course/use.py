@@ -7,10 +7,12 @@ names that they define and use. `use(key)` runs the text that passed its check l
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import itertools
 import linecache
+import re
 import sys
 import symtable
 import types
@@ -25,37 +27,51 @@ from peft_teach.course import state
 
 @dataclass
 class Statement:
-    """One top-level statement: its text, and the global names that it binds, uses and changes."""
+    """One top-level statement: its text, and the global names that it binds and uses.
+
+    at_once: those that it uses when it is run, and not only when what it defines is called.
+    """
 
     text: str
     node: ast.stmt
     binds: set[str] = field(default_factory=set)
     uses: set[str] = field(default_factory=set)
+    at_once: set[str] = field(default_factory=set)
 
-    @property
-    def starts_afresh(self) -> bool:
-        """Does it define its names whatever they were before? (`x = x + 1` and `x += 1` don't.)"""
-        definition = isinstance(self.node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
-        plain = isinstance(self.node, (ast.Assign, ast.AnnAssign)) and not self.binds & self.uses
-        return definition or plain
+    def starts_afresh(self, name: str) -> bool:
+        """Does it define this name whatever it was before? (`x = x + 1`, `class X(X)` and `x += 1` don't.)"""
+        if isinstance(self.node, (ast.FunctionDef, ast.ClassDef)):
+            return name == self.node.name and name not in self.at_once
+        plain = isinstance(self.node, (ast.Assign, ast.AnnAssign)) and name not in self.uses
+        return plain or isinstance(self.node, (ast.Import, ast.ImportFrom))
+
+
+_MAGIC = re.compile(r"^([ \t]*)([!%?].*|[\w.]+\?\??[ \t]*|[\w, ]+=[ \t]*[!%].*)$", re.M)
 
 
 def without_magics(cell: str) -> str:
-    """The cell without lines for the shell or for IPython; a cell magic takes the whole cell."""
-    if cell.lstrip().startswith("%%"):
-        return ""
-    return "\n".join("" if line.lstrip()[:1] in ("!", "%") else line for line in cell.split("\n"))
+    """The cell without lines for the shell or for IPython; a cell magic for something else takes the whole cell."""
+    head, _, rest = cell.lstrip().partition("\n")
+    if head.startswith("%%"):
+        if head[2:].split(" ")[0] not in ("time", "capture", "prun"):
+            return ""
+        cell = rest
+    return _MAGIC.sub(r"\1pass", cell)
+
+
+def _parse(cell: str) -> tuple[str, ast.Module] | None:
+    """(text, tree) of a cell, as it stands or without its magics; None when it does not parse."""
+    for text in (cell, without_magics(cell)):
+        with contextlib.suppress(SyntaxError, ValueError):
+            return text, ast.parse(text)
+    return None
 
 
 def statements(cells: Iterable[str]) -> list[Statement]:
     """The top-level statements of these cells, in order. A cell that does not parse gives none."""
     found = []
-    for cell in map(without_magics, cells):
-        try:
-            tree = ast.parse(cell)
-        except (SyntaxError, ValueError):
-            continue
-        lines = cell.split("\n")
+    for text, tree in filter(None, map(_parse, cells)):
+        lines = text.split("\n")
         for node in tree.body:
             first = min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])])
             # Whole lines, so that indentation stays; two statements on one line are unparsed.
@@ -79,6 +95,8 @@ def _with_names(statement: Statement) -> Statement:
                 continue
             if symbol.is_referenced():
                 statement.uses.add(symbol.get_name())
+                if table.get_type() != "function":
+                    statement.at_once.add(symbol.get_name())
             if symbol.is_assigned() or (top and (symbol.is_imported() or symbol.is_namespace())):
                 statement.binds.add(symbol.get_name())
         for child in table.get_children():
@@ -126,7 +144,7 @@ def extract(cells: Iterable[str], name: str, key: str = "") -> str | None:
         for i in reversed([i for i, s in enumerate(there) if current in s.binds]):
             keep.add(i)
             wanted += there[i].uses
-            if there[i].starts_afresh:
+            if there[i].starts_afresh(current):
                 break
     ordered = sorted(keep, key=lambda i: (not future(there[i]), i))
     return "\n\n".join(there[i].text for i in ordered) + "\n"
@@ -140,9 +158,11 @@ def live_cells() -> list[str]:
 
 def source_of(answer: Any, key: str) -> tuple[str, str] | None:
     """(name, source) of a function or class that was written in this notebook or in a file."""
-    name = getattr(answer, "__name__", None)
-    if not (inspect.isclass(answer) or inspect.isfunction(answer)) or not name:
+    if not (inspect.isclass(answer) or inspect.isfunction(answer)):
         return None
+    there = vars(sys.modules[answer.__module__]) if answer.__module__ in sys.modules else {}
+    # Its own name, if it stands under that; a lambda or what a decorator made stands under another one.
+    names = sorted((n for n, v in there.items() if v is answer), key=lambda n: n != answer.__name__) or [answer.__name__]
     if answer.__module__ == "__main__" and live_cells():
         cells = live_cells()
     else:
@@ -150,8 +170,8 @@ def source_of(answer: Any, key: str) -> tuple[str, str] | None:
             cells = [Path(inspect.getsourcefile(answer)).read_text("utf-8")]
         except (TypeError, OSError):
             return None
-    source = extract(cells, name, key)
-    return (name, source) if source else None
+    found = ((name, extract(cells, name, key)) for name in names)
+    return next(((name, source) for name, source in found if source), None)
 
 
 # ---------------------------------------------------------------- running it
