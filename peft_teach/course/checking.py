@@ -234,25 +234,28 @@ def _both(a: Any, b: Any, tol: float | None) -> bool:
 def diagnose(exercise: Exercise, traces: dict[tuple[str, int], Trace], failed: list[str]) -> list[str]:
     """The causes whose values are the answer's own, best first.
 
-    A cause has to fit on two independent inputs: on every setting of the first probe that failed,
-    and on a second one. Those that fit everywhere come before those that fit on what failed only.
+    A cause has to give the answer's values under every setting of the first probe that failed, and
+    be right wherever the answer is right. Those that fit on all probes come first; in a property or
+    an answer, where a value is a word, only they count.
     """
     probes = {p.name: p for p in exercise.probes}
+    numbers = {name: [n for n in range(len(p.settings)) if (name, n) in traces] for name, p in probes.items()}
 
-    def fits(mistake: Mistake, names: list[str]) -> bool:
-        pairs = [(name, n) for name in names for n in range(len(probes[name].settings)) if (name, n) in traces]
-        return len(pairs) >= min(2, len(traces)) and all(
-            _alike(traces[name, n], _mistake_trace(mistake, name, n), probes[name].tol) for name, n in pairs
+    def fits(mistake: Mistake, name: str) -> bool:
+        return all(_alike(traces[name, n], _mistake_trace(mistake, name, n), probes[name].tol) for n in numbers[name])
+
+    def right(mistake: Mistake, name: str) -> bool:
+        return all(
+            compare(_mistake_trace(mistake, name, n), _oracle_trace(exercise.key, name, n), probes[name].tol) is None
+            for n in numbers[name]
         )
 
-    one_probe = [m for m in mistakes(exercise.key) if fits(m, failed[:1])] if failed else []
-    if failed and not one_probe and len(probes[failed[0]].settings) == 1:
-        one_probe = list(mistakes(exercise.key))  # one input names nothing: look at the others too
-    for names in (list(probes), failed):
-        best = [m.cause for m in one_probe if fits(m, names)]
-        if best:
-            return list(dict.fromkeys(best))
-    return list(dict.fromkeys(m.cause for m in one_probe if fits(m, failed[:1])))
+    possible = [m for m in mistakes(exercise.key) if fits(m, failed[0])]
+    best = [m for m in possible if all(fits(m, name) for name in probes)]
+    if not best and exercise.kind in ("function", "module"):
+        best = [m for m in possible if all(right(m, name) for name in probes if name not in failed)]
+        best = [m for m in best if all(fits(m, name) for name in failed)] or best
+    return list(dict.fromkeys(m.cause for m in best))
 
 
 def ratio(got: Any, expected: Any, tol: float = 1e-3) -> float | None:
@@ -268,11 +271,9 @@ def ratio(got: Any, expected: Any, tol: float = 1e-3) -> float | None:
 
 def formulas(c: float, setting: dict) -> list[str]:
     """Which simple expressions in the numbers of the setting give this factor?"""
-    values = {k: float(v) for k, v in setting.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
-              and k not in ("seed", "batch", "seq", "lora_dropout", "p") and v not in (0, 1)}
-    r, a = values.get("r", 1.0), values.get("lora_alpha", 1.0)
-    tries = {"-1": -1.0, "0": 0.0, "2": 2.0, "1/2": 0.5}
+    tries = {"-1": -1.0, "2": 2.0, "1/2": 0.5}
     if "lora_alpha" in setting and "r" in setting:
+        r, a = float(setting["r"]), float(setting["lora_alpha"])
         tries |= {"r/lora_alpha": r / a, "√r/lora_alpha": r**0.5 / a, "1/lora_alpha": 1 / a, "lora_alpha": a,
                   "r": r, "1/r": 1 / r, "√r": r**0.5, "1/√r": r**-0.5, "lora_alpha/r": a / r, "lora_alpha/√r": a / r**0.5,
                   "(r/lora_alpha)²": (r / a) ** 2, "r/lora_alpha²": r / a**2}
@@ -295,7 +296,7 @@ def symptom(got: Any, expected: Any) -> str:
     if (g == 0).all() and not (e == 0).all():
         return "all your values are 0"
     c = ratio(got, expected)
-    if c is not None:
+    if c is not None and abs(c - 1) > 1e-3:
         return f"your values are {c:.4g} × the expected ones, everywhere"
     if g.dim() >= 2 and g.shape[-1] == g.shape[-2] and torch.allclose(g.mT, e, rtol=1e-4, atol=1e-6):
         return "your values are the expected ones, transposed"
@@ -380,7 +381,7 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
     if found.kind == "error" and not (found.error and found.error.type == "NotImplementedError"):
         verdict.status = "error"
     verdict.candidates = diagnose(exercise, traces, failed)
-    seen = symptom(found.got, found.expected)
+    seen = symptom(found.got, found.expected) if found.kind == "value" else _advice(found)
     if not verdict.candidates:
         factor = _named_factor(exercise, probe, traces, found.what)
         verdict.candidates = [factor] if factor else []
@@ -395,24 +396,53 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
         lines.append(("still blank", ", ".join(empty)))
     if verdict.candidates and named:
         last = {"one": "cause", "many": "cause, one of"}["one" if len(verdict.candidates) == 1 else "many"]
-        lines.append((last, "\n".join(_cause(exercise, c) for c in verdict.candidates[:4])))
+        lines.append((last, "\n".join(_cause(exercise, c, found.kind) for c in verdict.candidates[:4])))
     elif verdict.candidates:
         lines.append(f'Look for what could give that. Stuck? hint("{exercise.key}") names the cause; so does the next failing try.')
     passed = [p.name for p in exercise.probes if p.name not in failed]
     if passed:
-        lines.append(("right so far", ", ".join(passed)))
+        lines.append(("right so far", _listed(passed)))
     if failed[1:]:
-        lines.append(("also off", ", ".join(failed[1:])))
+        lines.append(("not right either, perhaps for the same reason", _listed(failed[1:])))
     if found.error is not None and found.error.trace:
         verdict.folded.append(("traceback", found.error.trace))
     verdict.lines = lines
     verdict.message = "\n".join(": ".join(line) if isinstance(line, tuple) else line for line in lines)
 
 
-def _cause(exercise: Exercise, cause: str) -> str:
+def _listed(names: list[str]) -> str:
+    return " · ".join(names[:5]) + (f" · and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _cause(exercise: Exercise, cause: str, kind: str = "value") -> str:
     if exercise.kind == "property":
         return f"your test answers exactly like one that {cause}"
-    return cause if cause.startswith("your ") else f"your values equal those you get when {cause}"
+    if exercise.kind == "answer":
+        return f"that is what comes out when {cause}"
+    if cause.startswith("your "):
+        return cause
+    return f"{'what you see is what happens' if kind == 'error' else 'your values equal those you get'} when {cause}"
+
+
+# What torch says, in words that say what to do.
+_ADVICE = (
+    (("leaf Variable that requires grad", "non-leaf"), "a parameter is changed in place: that belongs under torch.no_grad(), as in nn.init's functions"),
+    (("cannot be multiplied", "Expected size for first two dimensions", "size mismatch"), "two shapes don't fit. x holds its vectors as rows, (…, in_features): x @ A.T is right, A @ x is not"),
+    (("same dtype", "expected m1 and m2", "to have the same dtype"), "two dtypes meet: bring x to the dtype of A first"),
+    (("does not require grad and does not have a grad_fn",), "nothing that is trained reaches the output: is something detached, or no nn.Parameter?"),
+    (("cannot assign", "as parameter"), "a name that holds an nn.Parameter can only be given another nn.Parameter: change its numbers instead, under torch.no_grad()"),
+    (("has no setter", "can't set attribute"), "the class has a property of that name: delete the property if you want a plain attribute"),
+)
+
+
+def _advice(found: Difference) -> str:
+    text = found.error.message if found.error else ""
+    for needles, advice in _ADVICE:
+        if any(needle in text for needle in needles):
+            return advice
+    if isinstance(found.got, Opaque) and isinstance(found.expected, Tensor) and found.what.startswith("shape of"):
+        return "a tensor is asked for: an nn.Parameter, or a property that returns one"
+    return ""
 
 
 def _named_factor(exercise: Exercise, probe: Probe, traces: dict, what: str) -> str | None:
@@ -427,7 +457,7 @@ def _named_factor(exercise: Exercise, probe: Probe, traces: dict, what: str) -> 
         seen.add(round(c, 4))
         names = set(formulas(c, setting))
         common = names if common is None else common & names
-    if not common or len(probe.settings) < 2 or seen == {1.0}:
+    if not common or len(probe.settings) < 2 or seen & {0.0, 1.0}:
         return None
     return f"your values are {min(common, key=len)} times what they should be ({what})"
 
@@ -471,6 +501,9 @@ def _lines(found: Difference, exercise: Exercise | None = None) -> list:
         return lines + [("yours", "still `...`")]
     if found.got is None and found.what.startswith("the gradient"):
         return lines + [("yours", "None: it has no gradient"), ("expected", f"a tensor {tuple(found.expected.shape)}")]
+    hide = exercise is not None and exercise.kind == "answer"  # an answer is not given away by its check
+    if found.kind in ("type", "shape") and hide:
+        return lines + [("yours", found.got.type if isinstance(found.got, Opaque) else repr(found.got)), f"asked for: {exercise.form or exercise.unit}"]
     if found.kind == "type":
         got = found.got.type if isinstance(found.got, Opaque) else type(found.got).__name__
         kind = f"a tensor {tuple(found.expected.shape)}" if isinstance(found.expected, Tensor) else f"{found.expected!r}"
@@ -485,7 +518,6 @@ def _lines(found: Difference, exercise: Exercise | None = None) -> list:
         return lines + [("furthest off", f"by {gap.max().item():.4g}, at {at}")]
     unit = f" {exercise.unit}" if exercise is not None and exercise.unit else ""
     say = lambda v: (f"{v:.6g}" if isinstance(v, float) else repr(v)) + unit  # noqa: E731
-    hide = exercise is not None and exercise.kind == "answer"  # an answer is not given away by its check
     return lines + [("yours", say(found.got))] + ([] if hide else [("expected", say(found.expected))])
 
 
@@ -525,7 +557,8 @@ def check(key: str, answer: Any) -> Verdict:
         return Verdict(key, "incorrect", 0.0, exercise.points, "this is the reference: write your own",
                        all_probes=len(exercise.probes),
                        lines=[f"This is the package's own {exercise.name}. Write yours; it is checked against peft."])
-    verdict = judge(exercise, Subject.local(answer, key), named=attempts > 0)
+    subject = Subject.local(answer, key)
+    verdict = judge(exercise, subject, named=attempts > 0)
     if verdict.status == "not attempted":
         return verdict
     changes: dict[str, Any] = {"attempts": attempts + 1, "status": verdict.status, "last_cause": None if verdict.passed else verdict.candidates}
@@ -533,6 +566,9 @@ def check(key: str, answer: Any) -> Verdict:
         changes |= {"score": verdict.score, "max_score": verdict.max_score}
     if verdict.passed:
         changes["passed"] = True
+        if exercise.kind == "answer":
+            value = subject.value()
+            changes["value"] = value.tolist() if isinstance(value, Tensor) else value
         found = None if came_from_use(answer) else source_of(answer, key)
         if found:
             from peft_teach import __version__
@@ -553,15 +589,17 @@ def hint(key: str, n: int | None = None) -> Card:
     record = state.read(key)
     if n is None:
         n = min(record.get("hints", 0) + 1, len(exercise.hints))
-    if not 1 <= n <= len(exercise.hints):
-        raise ValueError(f"n must be between 1 and {len(exercise.hints)}, got {n}")
+    if not isinstance(n, int) or not 1 <= n <= len(exercise.hints):
+        raise ValueError(f"n must be a number between 1 and {len(exercise.hints)}, got {n!r}")
     state.write(key, hints=max(n, record.get("hints", 0)))
     title, text = exercise.hints[n - 1]
     lines = [text]
     causes = record.get("last_cause") or []
     if causes:
         lines.append(("your last try" if len(causes) == 1 else "your last try, one of", "\n".join(_cause(exercise, c) for c in causes[:4])))
-    after = f"There are {len(exercise.hints) - n} more." if n < len(exercise.hints) else f'After twenty minutes: solution("{key}", give_up=True)'
+    after = f'hint("{key}", {n + 1}) says more.'
+    if n == len(exercise.hints):
+        after = f'That was the last. solution("{key}"' + (") is open." if record.get("attempts", 0) >= 2 else ", give_up=True) opens the answer.")
     return Card(f"Hint {n} of {len(exercise.hints)}: {title}", lines + [after])
 
 
@@ -575,17 +613,19 @@ def solution(key: str, give_up: bool = False) -> Card:
     return Card(f"{key}: the reference answer", [exercise.why] if exercise.why else [], code=exercise.source())
 
 
-def progress() -> Card:
-    """A map of the chapters, with what is passed and the points."""
+def progress(chapter: str | None = None) -> Card:
+    """A map of the chapters, or of one, with what is passed and the points."""
     lines, total, most = [], 0.0, 0.0
     chapters: dict[str, list[Exercise]] = {}
     for exercise in exercises():
+        if chapter not in (None, exercise.chapter):
+            continue
         chapters.setdefault(exercise.chapter, []).append(exercise)
-    for chapter, its in chapters.items():
+    for name, its in chapters.items():
         records = [state.read(e.key) for e in its]
         points, full = sum(r.get("score", 0.0) for r in records), sum(e.points for e in its)
         total, most = total + points, most + full
-        lines.append((chapter, f"{sum(bool(r.get('passed')) for r in records)} of {len(its)} exercises, {points:g} of {full} points"))
+        lines.append((name, f"{sum(bool(r.get('passed')) for r in records)} of {len(its)} exercises, {points:g} of {full} points"))
         for e, r in zip(its, records):
             mark = "✓" if r.get("passed") else "✗" if r.get("attempts") else "○"
             seen = ", solution seen" if r.get("saw_solution") else ""

@@ -36,7 +36,7 @@ class Exercise:
 
     needs: keys whose answers this one may build on. unit: of an answer that is a number.
     oracle: makes the real library's answer to the same question. hints: three (title, text),
-    growing. why: why the solution works. settings: the values that an assignment may vary.
+    growing. form: what an answer looks like. why: why the solution works. settings: the values that an assignment may vary.
     """
 
     key: str
@@ -52,6 +52,7 @@ class Exercise:
     importance: int = 3
     needs: tuple[str, ...] = ()
     unit: str = ""
+    form: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property

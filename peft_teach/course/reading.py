@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import textwrap
 from importlib import resources
 
 from peft_teach.course.checking import judge
@@ -33,10 +35,8 @@ def gallery(*keys: str) -> Card:
 
 def _change(edit: tuple[str, str]) -> list[str]:
     """The lines that differ, as a small diff."""
-    old, new = (part.strip("\n").split("\n") for part in edit)
-    gone = [line for line in old if line not in new]
-    come = [line for line in new if line not in old]
-    return [f"- {line.strip()}" for line in gone] + [f"+ {line.strip()}" for line in come]
+    old, new = (textwrap.dedent(part).strip("\n").split("\n") for part in edit)
+    return [line for line in difflib.ndiff(old, new) if line[:2] in ("- ", "+ ") and line[2:].strip()]
 
 
 @functools.cache
@@ -56,6 +56,7 @@ def quiz(key: str, choice: str | None = None) -> Card:
     if choice is None:
         lines = [(letter, c["text"]) for letter, c in choices.items()]
         return Card(f"○ {asked['question']}", lines + [f'Answer with quiz("{key}", "a")'])
+    choice = choice.lower()
     if choice not in choices:
         raise ValueError(f"choice must be one of {', '.join(choices)}, got {choice!r}")
     right = choice == asked["right"]

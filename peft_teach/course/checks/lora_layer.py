@@ -176,6 +176,9 @@ def init_in_place(subject: Subject, s: dict) -> Items:
     yield "was A written, in place?", bool((A != 9.0).any())
     yield "was B written, in place?", bool((B != 9.0).any())
     yield from starts(A, B, s["in_features"])
+    subject.seed(s["seed"] + 1)
+    again = subject.call_all(*grad(torch.zeros(shapes[0]), torch.zeros(shapes[1])))["args"][0]
+    yield "does another seed draw another A?", not torch.equal(again, A)
 
 
 BIG = (dict(in_features=400, out_features=50, r=32, seed=4), dict(in_features=90, out_features=300, r=60, seed=5))
@@ -213,6 +216,7 @@ def update_half_shape(subject: Subject, s: dict) -> Items:
     y, x, A, B = draw(s, "y", "x", "A", "B")
     half = getattr(torch, s["dtype"])
     yield "y + update", subject.call(y.to(half), x.to(half), A, B, s["scaling"])
+    yield "y + update, where x is float32 and y is not", subject.call(y.to(half), x, A, B, s["scaling"])
 
 
 SCALED = tuple({k: v for k, v in s.items() if k not in ("bias", "lora_alpha", "use_rslora")} | {"scaling": scaling}
@@ -369,9 +373,11 @@ def merge_twice(subject: Subject, s: dict) -> Items:
 
 
 def merge_training(subject: Subject, s: dict) -> Items:
-    layer, (x,) = filled(subject, s, lora_dropout=0.4), draw(s, "x")
+    layer, (x,) = filled(subject, s, lora_dropout=0.4).train(), draw(s, "x")
     layer.method("merge")
-    yield "output of a merged layer in training mode", layer.train()(x)
+    yield ".merged, after merge() in training mode", layer.get("merged")
+    yield "is the layer still in training mode?", layer.get("training")
+    yield "output of a merged layer in training mode", layer(x)
 
 
 def unmerge(subject: Subject, s: dict) -> Items:
@@ -401,26 +407,56 @@ def merge_again(subject: Subject, s: dict) -> Items:
 
 
 def conv1d(subject: Subject, s: dict) -> Items:
-    """GPT-2's layer keeps its weight as (in, out). It may be left out, but not be wrong in silence."""
+    """GPT-2's layer keeps its weight as (in, out). It may be refused, but not be wrong."""
     W, bias, A, B, x = draw(s, "W", "bias", "A", "B", "x")
-    filled(subject, s | {"bias": True})(x)  # leaving a Conv1D out is one thing, having no layer another
-    left_out = "Conv1D (GPT-2's layer, weight (in, out)) isn't handled; no points hang on it, chapter 04 will want it."
+    filled(subject, s | {"bias": True})(x)  # refusing a Conv1D is one thing, having no layer another
+    refused = "A Conv1D (GPT-2's layer, weight (in, out)) is refused: no points hang on it, chapter 04 will want it."
     try:
         layer = subject.build(LinearSpec(W.T.contiguous(), bias, "Conv1D"), r=s["r"], lora_alpha=s["lora_alpha"]).eval()
         layer.put("lora_A", A)
         layer.put("lora_B", B)
         y = layer(x)
     except SubjectError:
-        raise NotCovered(left_out) from None
+        raise NotCovered(refused) from None
     yield "output over a Conv1D", y
     try:
         layer.method("merge")
     except SubjectError as error:
-        if error.type in ("NotImplementedError", "TypeError"):  # said, not silent
-            raise NotCovered(left_out) from None
+        if error.type in ("NotImplementedError", "TypeError"):
+            raise NotCovered(refused) from None
         raise
     yield "linear.weight of a Conv1D after merge()", layer.get("linear.weight")
     yield "output of a Conv1D after merge()", layer(x)
+
+
+def other_axes(subject: Subject, s: dict) -> Items:
+    """x without a sequence axis, or with one more: refused is fine, wrong is not."""
+    layer, (x,) = filled(subject, s), draw(s, "x")
+    for name, other in (("(batch, in_features)", x[:, 0]), ("(batch, 1, seq, in_features)", x[:, None])):
+        try:
+            y = layer(other)
+        except SubjectError:
+            raise NotCovered(f"x of shape {name} is refused: no points hang on it.") from None
+        yield f"output for x of shape {name}", y
+
+
+def half_precision(subject: Subject, s: dict) -> Items:
+    """Over a bfloat16 layer: a note, since `add_update` is the exercise on dtypes."""
+    W, bias, x = draw(s, "W", "bias", "x")
+    kept = "Over a bfloat16 layer, A and B should be float32 and the output bfloat16; {}. No points hang on it."
+    try:
+        more = {"r": s["r"], "lora_alpha": s["lora_alpha"]}
+        if "bias" in s:
+            layer = subject.build(LinearSpec(W.bfloat16(), bias.bfloat16()), **more)
+        else:
+            layer = subject.build(s["in_features"], s["out_features"], **more)
+        y, A = layer(x.bfloat16()), layer.get("lora_A")
+    except SubjectError as error:
+        raise NotCovered(kept.format(f"this layer raises {error.type}")) from None
+    found = getattr(A, "dtype", None), getattr(y, "dtype", None)
+    if found != (torch.float32, torch.bfloat16):
+        raise NotCovered(kept.format(f"here A is {found[0]} and the output {found[1]}"))
+    yield "A and the output", True
 
 
 LAYER_SETTINGS = tuple({k: v for k, v in s.items() if k != "bias"} for s in SETTINGS)
@@ -441,9 +477,9 @@ MODULE_PROBES = (
 
 def module_probes(settings: tuple[dict, ...], big: tuple, dropout: tuple, train: tuple) -> tuple[Probe, ...]:
     plain = tuple(Probe(name, run, settings, tol) for name, run, tol in MODULE_PROBES)
-    return plain[:2] + (Probe("how A and B start", start, big, 0.05),) + plain[2:] + (
-        Probe("dropout in eval mode", dropout_eval, dropout),
-        Probe("dropout in training", dropout_train, train, 0.05),
+    return (*plain[:2], Probe("how A and B start", start, big, 0.05), *plain[2:],
+        Probe("dropout in eval mode", dropout_eval, dropout), Probe("dropout in training", dropout_train, train, 0.05),
+        Probe("other leading axes", other_axes, settings[1:]), Probe("in 16 bits", half_precision, settings[1:2]),
     )
 
 
@@ -457,7 +493,7 @@ def _candidates() -> dict[str, tuple[bool, tuple[str, str] | None, dict]]:
         "a right layer": (True, None, {}),
         "a right layer, fresh (B = 0)": (True, None, {"B": 0.0}),
         "a right layer with dropout, in training mode": (True, None, {"lora_dropout": 0.5}),
-        "a right layer with large numbers in it": (True, None, {"B": 300.0}),
+        "a right layer with large numbers in it": (True, None, {"W": 1000.0}),
         "a right layer whose unmerge subtracts": (True, (restore, "self.linear.weight -= self.delta_weight()"), {}),
         "a layer whose merge forgets the scaling": (False, (weight, "weight += self.lora_B @ self.lora_A"), {}),
         "a layer whose merge forgets the scaling, fresh (B = 0)": (False, (weight, "weight += self.lora_B @ self.lora_A"), {"B": 0.0}),
@@ -483,7 +519,7 @@ def _layer_for(name: str, s: dict) -> tuple[nn.Module, Tensor]:
         raise ValueError(f"the edit of {name!r} occurs {text.count(edit[0])} times in {LAYER}, not once")
     Layer = run_source(text.replace(*edit) if edit else text, "LoRALinear")
     W, bias, A, B, x = draw(s, "W", "bias", "A", "B", "x")
-    layer = Layer(LinearSpec(W, bias).build(), r=s["r"], lora_alpha=s["lora_alpha"], lora_dropout=setup.get("lora_dropout", 0.0))
+    layer = Layer(LinearSpec(W * setup.get("W", 1.0), bias).build(), r=s["r"], lora_alpha=s["lora_alpha"], lora_dropout=setup.get("lora_dropout", 0.0))
     layer.lora_A.data.copy_(A)
     layer.lora_B.data.copy_(B * setup.get("B", 1.0))
     return layer, x
@@ -492,7 +528,7 @@ def _layer_for(name: str, s: dict) -> tuple[nn.Module, Tensor]:
 def _verdict_on(name: str):
     def probe(subject: Subject, s: dict) -> Items:
         layer, x = _layer_for(name, s)
-        remote = Remote(layer, ("merge", "unmerge", "delta_weight"))
+        remote = Remote(layer, ("merge", "unmerge"))
         right = _candidates()[name][0]
         yield ("is this right layer let pass?" if right else "is this layer passed as harmless?"), _plain(subject.call(remote, x))
 
@@ -536,7 +572,10 @@ def _value(subject: Subject, s: dict) -> Items:
 def _entry(name: str):
     def probe(subject: Subject, s: dict) -> Items:
         value = subject.value()
-        yield f"what moves at steps 1 and 2 from: {name}", value.get(name) if isinstance(value, dict) else value
+        found = value.get(name, "nothing is said of this start") if isinstance(value, dict) else value
+        if isinstance(found, (tuple, list)):  # "a" and "Both" are meant well
+            found = tuple({"a": "A", "b": "B"}.get(str(w).strip().lower(), str(w).strip().lower()) if isinstance(w, str) else w for w in found)
+        yield f"what moves at steps 1 and 2 from: {name}", found
 
     return Probe(name, probe, ({},))
 
@@ -557,6 +596,7 @@ def peft_break_even_rank(in_features, out_features):
 
 
 INITS = ("A zero, B zero", "A drawn, B zero", "A zero, B drawn", "A drawn, B drawn")
+WORDS = "each start has a pair of words, for steps 1 and 2, out of \"neither\", \"A\", \"B\", \"both\""
 
 
 def peft_moving_factors():
@@ -599,7 +639,7 @@ EXERCISES = (
         why="B A is a matrix of rank at most r. Dividing by r keeps the size of the update about the same when r changes, so that lora_alpha need not be tuned anew for each r; rsLoRA argues for √r.",
     ),
     Exercise(
-        "lora_layer.parameter_count", "answer", COURSE, points=1, minutes=(2, 4), difficulty=1, importance=4, unit="trainable numbers",
+        "lora_layer.parameter_count", "answer", COURSE, points=1, minutes=(2, 4), difficulty=1, importance=4, unit="trainable numbers", form="a whole number",
         settings=Q_PROJ, oracle=lambda: peft_parameter_count(**Q_PROJ), probes=(Probe("the count", _value, ({},)),),
         hints=(
             ("where do I begin?", "Only A and B are trained. Write down their two shapes."),
@@ -609,7 +649,7 @@ EXERCISES = (
         why="A has r · in numbers and B has out · r, so LoRA costs r · (in + out) where the weight has in · out.",
     ),
     Exercise(
-        "lora_layer.break_even_rank", "answer", COURSE, points=1, minutes=(3, 5), difficulty=2, importance=3, unit="(a rank)",
+        "lora_layer.break_even_rank", "answer", COURSE, points=1, minutes=(3, 5), difficulty=2, importance=3, unit="", form="a whole number, a rank",
         settings={k: Q_PROJ[k] for k in ("in_features", "out_features")},
         oracle=lambda: peft_break_even_rank(Q_PROJ["in_features"], Q_PROJ["out_features"]), probes=(Probe("the rank", _value, ({},)),),
         hints=(
@@ -621,7 +661,7 @@ EXERCISES = (
     ),
     Exercise(
         "lora_layer.moving_factors", "answer", COURSE, points=2, minutes=(4, 8), difficulty=3, importance=4,
-        oracle=peft_moving_factors, probes=tuple(_entry(name) for name in INITS),
+        form=WORDS, oracle=peft_moving_factors, probes=tuple(_entry(name) for name in INITS),
         hints=(
             ("how can I know without running?", "Write the gradient of each factor: dL/dB = scaling · G Aᵀ and dL/dA = scaling · Bᵀ G, where G is the gradient of ΔW. When is each of them zero?"),
             ("the second step", "What moved in the first step is no longer zero in the second."),
@@ -633,7 +673,7 @@ EXERCISES = (
         "lora_layer.init_lora_", "function", LAYER, points=2, minutes=(3, 6), difficulty=2, importance=4,
         oracle=lambda: peft_init_, probes=(Probe("how A and B start", init_in_place, BIG, 0.05),),
         hints=(
-            ("what does in place mean?", "Nothing is returned: the numbers inside A and B change. The functions in torch.nn.init whose names end in _ do that, and they switch gradients off."),
+            ("in-place operation on a leaf?", "Nothing is returned: the numbers inside A and B change. A and B are parameters, so that belongs under torch.no_grad(); the functions in torch.nn.init whose names end in _ take care of it."),
             ("which distribution?", "A: uniform between −1/√in_features and +1/√in_features, where in_features is A's number of columns. B: zero."),
             ("the skeleton", "nn.init.uniform_(A, -bound, bound)      # bound from A.shape[1]\nnn.init.…_(B)"),
         ),
@@ -666,7 +706,7 @@ EXERCISES = (
         why="This is the right half of the picture. It has no frozen weight, so LoRALinear only has to add it.",
     ),
     Exercise(
-        "lora_layer.LoRALinear", "module", LAYER, points=8, minutes=(15, 25), difficulty=4, importance=5,
+        "lora_layer.LoRALinear", "module", LAYER, points=8, minutes=(25, 35), difficulty=4, importance=5,
         needs=("lora_layer.delta_weight", "lora_layer.init_lora_", "lora_layer.add_update"),
         oracle=lambda: PeftLoRALinear,
         probes=module_probes(SETTINGS, BIG_LINEAR, DROPOUT_LINEAR, TRAIN_LINEAR) + (
@@ -677,12 +717,12 @@ EXERCISES = (
         hints=(
             ("my loss moves, but so does the base", "linear.requires_grad_(False) freezes a whole layer, its bias too. Then only lora_A and lora_B are left."),
             ("merging changes my output", "Merged, the update is inside linear.weight: forward must not add it again. And merge() on a merged layer, like unmerge() on one that isn't, has nothing to do."),
-            ("the skeleton of merge", "if self.merged: return\nkeep a copy of the weight\nadd self.delta_weight() to it, under torch.no_grad()\n# unmerge: copy it back, and forget it. `merged` is: is there a copy?"),
+            ("the skeleton of merge", "if self.merged: return\nkeep a copy of the weight\nadd self.delta_weight() to it, under torch.no_grad()\n# unmerge: copy it back, and forget it. `merged` is: is there a copy?\n# a Conv1D's weight is (in, out): add ΔW transposed, or refuse it in __init__ with a TypeError"),
         ),
         why="A copy restores the weight exactly; subtracting ΔW again leaves a rounding difference, in bfloat16 a visible one.",
     ),
     Exercise(
-        "lora_layer.merge_changes_nothing", "property", COURSE, points=4, minutes=(10, 15), difficulty=4, importance=4,
+        "lora_layer.merge_changes_nothing", "property", COURSE, points=4, minutes=(10, 15), difficulty=4, importance=3,
         oracle=lambda: merge_is_harmless, probes=tuple(_verdict_on(name) for name in _candidates()),
         hints=(
             ("my test catches nothing", "Is B zero? Then the update is zero, and every merge looks right. Write something into lora_B first."),
