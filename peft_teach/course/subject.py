@@ -180,7 +180,11 @@ def _describe_error(error: BaseException) -> dict:
     trace = "".join(traceback.format_exception_only(error)) if not own else "".join(
         traceback.format_list(own) + traceback.format_exception_only(error)
     )
-    return {"type": type(error).__name__, "message": str(error)[:2000], "where": where, "trace": trace[-4000:]}
+    try:
+        message = str(error)
+    except Exception:  # of an exception that the learner wrote
+        message = "its message can't be shown"
+    return {"type": type(error).__name__, "message": message[:2000], "where": where, "trace": trace[-4000:]}
 
 
 @contextlib.contextmanager

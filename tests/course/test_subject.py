@@ -343,6 +343,15 @@ def test_the_line_named_is_never_one_of_a_library(load):
         assert caught.value.where.startswith(f"line {line} of it")
 
 
+def test_an_error_whose_message_is_an_error(load):
+    with raises("Mine", "can't be shown"):
+        load("""
+            class Mine(Exception):
+                def __str__(self): raise ValueError
+            def it(): raise Mine
+        """).call()
+
+
 def test_after_an_error_the_subject_goes_on(load):
     subject = load("def it(n): return 1 / n")
     with raises("ZeroDivisionError", "division by zero"):
