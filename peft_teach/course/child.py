@@ -12,10 +12,11 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 from typing import BinaryIO, Iterator
 
 from peft_teach.course.codec import MAX_BYTES, CodecError, decode, encode
-from peft_teach.course.subject import Channel, Host, Subject, SubjectError, _describe_error, quiet
+from peft_teach.course.subject import LIMIT_SECONDS, Channel, Host, OutOfTime, Subject, SubjectError, _describe_error, quiet
 from peft_teach.course.use import run_source
 
 
@@ -46,6 +47,8 @@ def child_subject(source: str, name: str, key: str) -> Iterator[Subject]:
     )
 
     def transport(message: bytes) -> bytes:
+        watch = threading.Timer(LIMIT_SECONDS, process.kill)
+        watch.start()
         try:
             write_frame(process.stdin, b"Q", message)
             while True:
@@ -55,7 +58,11 @@ def child_subject(source: str, name: str, key: str) -> Iterator[Subject]:
                 write_frame(process.stdin, b"A", channel.serve(reply))
         except (EOFError, OSError):
             process.wait()
+            if watch.finished.is_set():  # it was we who ended it
+                raise OutOfTime from None
             raise SubjectError("ProcessEnded", f"the process ended with status {process.returncode}") from None
+        finally:
+            watch.cancel()
 
     channel = Channel(transport)
     try:

@@ -1,7 +1,7 @@
 """What is remembered of a learner: one small JSON file an exercise, in the learner's own folder.
 
 The folder is `PEFT_TEACH_HOME`, or `.peft_teach` beside the notebook. With `PEFT_TEACH_BUILD=1`
-(the builder and CI) every process has a fresh one that is removed at its end.
+(the builder and CI) and no PEFT_TEACH_HOME every process has a fresh one, removed at its end.
 """
 
 from __future__ import annotations

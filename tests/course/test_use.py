@@ -318,7 +318,7 @@ def test_written_in_one_kernel_used_in_the_next(home):
     assert "the reference" in first[3]
     assert first[5].startswith("✓")
     assert "your own" in first[6] and "changed since" not in first[6]
-    assert "changed since: run its check again" in first[8] and first[8].endswith("False\n")
+    assert "changed since, and has not passed" in first[8] and first[8].endswith("False\n")
     second = kernel(
         "import inspect, torch\nfrom peft_teach.course import use, whose",
         f"delta = use('{KEY}')\nprint(whose(delta), delta(torch.ones(1, 2), torch.ones(3, 1), 4, 2).tolist())",
