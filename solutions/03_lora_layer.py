@@ -576,7 +576,7 @@ text_after = tokenizer.decode(model.generate(**prompt, max_new_tokens=budget(30,
 gap = max(abs(a - b) for a, b in zip(our_losses, theirs_losses))
 print(f"{len(our_losses)} steps with {whose(Layer)}, largest difference of the two losses: {gap:.1e}, equal up to rounding: {gap < 1e-3}")
 measured("loss at the first step", our_losses[0], expect=4.3, tol=0.1)
-measured("loss at the last step", our_losses[-1], expect=3.2, tol=0.2);
+measured("loss at the last step", our_losses[-1], expect=3.2, tol=0.2)
 
 # %% [markdown]
 # The two losses are equal at each of the ten steps. If it says "your own" above, what you wrote *is*

@@ -16,11 +16,11 @@ def budget(full: Any, tiny: Any) -> Any:
     return tiny if os.environ.get("PEFT_TEACH_BUDGET") == "tiny" else full
 
 
-def measured(name: str, value: float, expect: float, tol: float, unit: str = "") -> float:
+def measured(name: str, value: float, expect: float, tol: float, unit: str = "") -> None:
     """Print a number that depends on the machine, with ≈, and assert that it lies near `expect`.
 
     tol: how far it may be off, as a share of `expect` (0.5: between half and one and a half).
-    AssertionError outside of that range. → the value.
+    AssertionError outside of that range.
     """
     value = float(getattr(value, "detach", lambda: value)())  # of a tensor with a gradient, too
     print(f"{name} ≈ {value:.4g}{' ' + unit if unit else ''}")
@@ -30,7 +30,6 @@ def measured(name: str, value: float, expect: float, tol: float, unit: str = "")
             f"{name} came out as {value:.4g} {unit}; on the machines that were tried it lay between "
             f"{low:.4g} and {high:.4g}. If nothing above was changed, this is worth a report."
         )
-    return value
 
 
 class Settings(dict):

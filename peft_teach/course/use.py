@@ -153,7 +153,13 @@ def extract(cells: Iterable[str], name: str, key: str = "") -> str | None:
 def live_cells() -> list[str]:
     """What was run in this notebook so far, oldest first; [] outside a notebook."""
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
-    return list(shell.history_manager.input_hist_raw) if shell and shell.history_manager else []
+    if not shell or not shell.history_manager:
+        return []
+    kept = list(shell.history_manager.input_hist_raw)
+    if any(kept):
+        return kept
+    # nbval runs cells without keeping them as history; the compiler has them for its tracebacks.
+    return ["".join(linecache.cache[name][2]) for name in shell.compile._filename_map if name in linecache.cache]
 
 
 def source_of(answer: Any, key: str) -> tuple[str, str] | None:

@@ -122,7 +122,7 @@ def test_one_altered_digit_fails_nbval(tmp_path):
 def test_a_rebuild_with_equal_outputs_keeps_the_file(tmp_path):
     source = tmp_path / "solutions" / "98_small.py"
     source.parent.mkdir()
-    source.write_text('# %%\nfrom peft_teach.course import measured\nimport random\nmeasured("dice", 1 + random.random(), 1, 1);\n', "utf-8")
+    source.write_text('# %%\nfrom peft_teach.course import measured\nimport random\nmeasured("dice", 1 + random.random(), 1, 1)\n', "utf-8")
     chapter = Chapter(source)
     assert {p.parent.name for p in build(chapter)} == {"solutions", "chapters"}
     before = chapter.solved.read_bytes()
