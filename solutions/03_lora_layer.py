@@ -575,8 +575,8 @@ our_losses = train(model, ids)
 text_after = tokenizer.decode(model.generate(**prompt, max_new_tokens=budget(30, 2), do_sample=False)[0])
 gap = max(abs(a - b) for a, b in zip(our_losses, theirs_losses))
 print(f"{len(our_losses)} steps with {whose(Layer)}, largest difference of the two losses: {gap:.1e}, equal up to rounding: {gap < 1e-3}")
-measured("loss at the first step", our_losses[0], expect=4.3, tol=0.1)
-measured("loss at the last step", our_losses[-1], expect=3.2, tol=0.2)
+measured("loss at the first step", our_losses[0], expect=4.4, tol=0.25)
+measured("loss at the last step", our_losses[-1], expect=3.5, tol=0.25)
 
 # %% [markdown]
 # The two losses are equal at each of the ten steps. If it says "your own" above, what you wrote *is*
@@ -587,8 +587,8 @@ measured("loss at the last step", our_losses[-1], expect=3.2, tol=0.2)
 print("before:", text_before, "\n\nafter: ", text_after)
 
 # %% [markdown]
-# The text is another one, so the ten steps did something. Better it need not be: chapter 04 trains
-# until it shows.
+# The text is another one, so ten steps did something; nobody would call it better. Chapter 04 trains
+# until it is.
 #
 # ## 9 · The trap gallery · *optional*
 #
