@@ -209,7 +209,10 @@ def difference(got: Any, expected: Any, tol: float | None) -> str:
         if isinstance(got, bool) or not isinstance(got, (int, float)):
             return "type"
         room = 1e-6 if tol is None else tol
-        return "" if math.isclose(got, expected, rel_tol=room, abs_tol=room if tol else 1e-12) else "value"
+        try:
+            return "" if math.isclose(got, expected, rel_tol=room, abs_tol=room if tol else 1e-12) else "value"
+        except OverflowError:  # 10**400
+            return "value"
     if isinstance(expected, (tuple, list)):
         if not isinstance(got, (tuple, list)):
             return "type"
@@ -307,10 +310,12 @@ def symptom(got: Any, expected: Any) -> str:
     if g.dim() >= 2 and g.shape[-1] == g.shape[-2] and torch.allclose(g.mT, e, rtol=1e-4, atol=1e-6):
         return "your values are the expected ones, transposed"
     wrong = (g - e).abs() > 1e-4 * e.abs().max()
+    if not wrong.any():
+        return f"all are nearly right: off by at most {((g - e).abs().max() / e.abs().max()).item():.1g} of the largest"
     if wrong.double().mean() < 0.75:
         return f"{int(wrong.sum())} of {wrong.numel()} values differ, the others are right"
     shift = g - e
-    if shift.dim() >= 2 and torch.allclose(shift, shift[..., :1, :].expand_as(shift), rtol=1e-3, atol=1e-6):
+    if shift.dim() >= 2 and shift.shape[-2] > 1 and torch.allclose(shift, shift[..., :1, :].expand_as(shift), rtol=1e-3, atol=1e-6):
         return "every row is off by the same vector"
     return ""
 
@@ -360,6 +365,7 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
     traces: dict[tuple[str, int], Trace] = {}
     failed: list[str] = []
     notes: list[str] = []
+    left_out: list[str] = []
     first: tuple[Probe, dict, Difference] | None = None
     for probe in exercise.probes:
         worst = None
@@ -371,7 +377,10 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
                     worst_setting = setting
             if found.left_out and found.left_out not in notes:
                 notes.append(found.left_out)
-        if worst is None:
+        if worst is None and any(traces[probe.name, n].left_out for n in range(len(probe.settings))):
+            verdict.all_probes -= 1  # neither right nor wrong
+            left_out.append(probe.name)
+        elif worst is None:
             verdict.passed_probes += 1
         else:
             failed.append(probe.name)
@@ -387,7 +396,8 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
     if found.kind == "error" and not (found.error and found.error.type == "NotImplementedError"):
         verdict.status = "error"
     verdict.candidates = diagnose(exercise, traces, failed)
-    seen = symptom(found.got, found.expected) if found.kind == "value" else _advice(found)
+    seen = symptom(found.got, found.expected) if found.kind == "value" else ""
+    seen = seen or _advice(found)
     if not verdict.candidates:
         factor = _named_factor(exercise, probe, traces, found.what)
         verdict.candidates = [factor] if factor else []
@@ -405,7 +415,7 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
         lines.append((last, "\n".join(_cause(exercise, c, found.kind) for c in verdict.candidates[:4])))
     elif verdict.candidates:
         lines.append(f'Look for what could give that. Stuck? hint("{exercise.key}") names the cause; so does the next failing try.')
-    passed = [p.name for p in exercise.probes if p.name not in failed]
+    passed = [p.name for p in exercise.probes if p.name not in failed + left_out]
     if passed:
         lines.append(("right so far", _listed(passed)))
     if failed[1:]:
@@ -446,6 +456,8 @@ def _advice(found: Difference) -> str:
     for needles, advice in _ADVICE:
         if any(needle in text for needle in needles):
             return advice
+    if isinstance(found.got, Opaque) and found.got.type == "method":
+        return "it is a method: write @property above it, or make it a plain attribute"
     if isinstance(found.got, Opaque) and isinstance(found.expected, Tensor) and found.what.startswith("shape of"):
         return "a tensor is asked for: an nn.Parameter, or a property that returns one"
     return ""
@@ -463,7 +475,7 @@ def _named_factor(exercise: Exercise, probe: Probe, traces: dict, what: str) -> 
         seen.add(round(c, 4))
         names = set(formulas(c, setting))
         common = names if common is None else common & names
-    if not common or len(probe.settings) < 2 or seen & {0.0, 1.0}:
+    if not common or len(probe.settings) < 2 or seen <= {0.0, 1.0}:
         return None
     return f"your values are {min(common, key=len)} times what they should be ({what})"
 
@@ -524,6 +536,8 @@ def _lines(found: Difference, exercise: Exercise | None = None) -> list:
         return lines + [("furthest off", f"by {gap.max().item():.4g}, at {at}")]
     unit = f" {exercise.unit}" if exercise is not None and exercise.unit else ""
     say = lambda v: (f"{v:.6g}" if isinstance(v, float) else repr(v)) + unit  # noqa: E731
+    if found.got is None:
+        return lines + [("yours", "None: is a return missing?"), ("expected", say(found.expected))]
     return lines + [("yours", say(found.got))] + ([] if hide else [("expected", say(found.expected))])
 
 

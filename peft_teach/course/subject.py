@@ -64,7 +64,9 @@ class Host:
             try:
                 request = decode(message, self._stand_in)
                 reply["value"] = getattr(self, "op_" + request.pop("op"))(**request)
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 reply["error"] = _describe_error(error)
         reply["printed"] = printed.getvalue()[:2000]
         reply["warnings"] = [str(w.message)[:500] for w in warned if w.category is UserWarning]
