@@ -17,12 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from peft_teach.cache import building
+
 _unwritable: dict[str, dict] = {}  # what could not be written: kept for this session
-
-
-def building() -> bool:
-    """Is this the builder or CI, and not a learner?"""
-    return os.environ.get("PEFT_TEACH_BUILD", "") not in ("", "0")
 
 
 @functools.cache
