@@ -9,13 +9,14 @@ Each makes .venv first if it is missing or if the pins have changed. An interrup
 where it stopped: run the same command again.
 """
 
-# This file must parse on any Python that someone may type `python` for (2.7 too), so that it can
-# say what is needed. Hence the old syntax: no f-strings, no annotations.
+# This file must parse on any Python that someone may type `python` for (2.7 too), and `hand_over`
+# must run there, so that it can say what is needed. Hence the old syntax: no f-strings, no annotations.
 from __future__ import print_function
 
 import ast
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
@@ -108,11 +109,11 @@ def read_stamp():
     try:
         with open(STAMP, "rb") as file:
             return file.read().decode("utf-8", "replace")
-    except (IOError, OSError):
+    except OSError:
         return None
 
 
-def what_to_do(stamp, wanted, works, exists):
+def what_to_do(stamp, wanted, works):
     """'ready', 'install' (into what is there) or 'make' (a new .venv).
 
     `works`: its python runs and has pip. A folder that was moved is made anew, because scripts and
@@ -124,11 +125,11 @@ def what_to_do(stamp, wanted, works, exists):
         return "ready"
     if stamp is not None and stamp.splitlines()[1:] != wanted.splitlines()[1:]:
         return "make"
-    return "install" if exists else "make"
+    return "install"
 
 
 def venv_works():
-    """True if .venv has a python that runs and a whole pip."""
+    """True if there is a .venv, with a python that runs and a whole pip."""
     probe = "import sys; from importlib.metadata import files; sys.exit(not files('pip'))"
     try:
         return quietly([PYTHON, "-c", probe])[0] == 0
@@ -157,8 +158,8 @@ def drop_half_installed(folder):
     return dropped
 
 
-def pinned(name, root=ROOT):
-    with open(os.path.join(root, "constraints.txt")) as file:
+def pinned(name):
+    with open(os.path.join(ROOT, "constraints.txt")) as file:
         for line in file:
             if line.startswith(name + "=="):
                 return line.split("==")[1].strip()
@@ -196,8 +197,7 @@ def quietly(command):
 
 def step(what, command):
     """Run one step of the set-up. Its errors are shown, and kept to be explained."""
-    print("\n-- %s" % what)
-    sys.stdout.flush()
+    print("\n-- %s" % what, flush=True)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT, env=child_environment())
     lines = []
     try:
@@ -322,6 +322,18 @@ def explain(what, code, lines):
 # ---- CPU or CUDA ------------------------------------------------------------------------------
 
 
+COMPARE = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda part, whole: part in whole,
+    ast.NotIn: lambda part, whole: part not in whole,
+}
+
+
 def marker_applies(marker, environment):
     """Evaluate a marker such as `platform_system == "Linux" and python_version < "3.15"`.
 
@@ -340,17 +352,7 @@ def marker_applies(marker, environment):
             names = [side.id for side in (node.left, node.comparators[0]) if isinstance(side, ast.Name)]
             if any(name.endswith("version") for name in names):
                 left, right = ([int(n) for n in re.findall(r"\d+", side)] for side in (left, right))
-            compare = {
-                ast.Eq: lambda: left == right,
-                ast.NotEq: lambda: left != right,
-                ast.Lt: lambda: left < right,
-                ast.LtE: lambda: left <= right,
-                ast.Gt: lambda: left > right,
-                ast.GtE: lambda: left >= right,
-                ast.In: lambda: left in right,
-                ast.NotIn: lambda: left not in right,
-            }
-            return compare[type(node.ops[0])]()
+            return COMPARE[type(node.ops[0])](left, right)
         return ast.literal_eval(node)
 
     try:
@@ -435,15 +437,20 @@ def check_disk(download, disk):
 def set_up():
     """Make .venv what the pins say. Quick when it is so already."""
     wanted = wanted_stamp()
-    exists = os.path.isdir(VENV)
-    todo = what_to_do(read_stamp(), wanted, exists and venv_works(), exists)
+    todo = what_to_do(read_stamp(), wanted, venv_works())
     if todo == "ready":
         return
     begun = time.time()
     print("Setting up peft_teach in %s with Python %d.%d." % ((VENV,) + sys.version_info[:2]))
     if "%d.%d" % sys.version_info[:2] not in TESTED:
         print("Note: this course was tried with Python 3.11 to 3.13 only.")
-    if torch_is_missing(todo):
+    if todo == "install":
+        if os.path.exists(STAMP):
+            os.remove(STAMP)  # from here until the end, .venv is unfinished
+        drop_half_installed(site_packages())
+    torch = pinned("torch")
+    torch_is_missing = todo == "make" or installed("torch") != torch
+    if torch_is_missing:
         print(
             "It downloads about %d MiB (what pip's cache has already is not fetched again) and takes "
             "about\n%d MiB of disk. Where the index serves torch with CUDA it is more; you are told "
@@ -456,24 +463,17 @@ def set_up():
     if todo == "make":
         # --clear empties a half-made folder.
         step("make an empty environment", [base_python(), "-m", "venv", "--clear", VENV])
-    elif os.path.exists(STAMP):
-        os.remove(STAMP)  # from here until the end, .venv is unfinished
-    drop_half_installed(site_packages())
-
     pip = [PYTHON, "-m", "pip"]
     if installed("pip") != pinned("pip"):
         step("get pip %s" % pinned("pip"), pip + ["install", "pip==" + pinned("pip")])
-    torch = pinned("torch")
-    if installed("torch") != torch:
-        print("\n-- ask the index which build of torch it serves")
-        sys.stdout.flush()
+    if torch_is_missing:
+        print("\n-- ask the index which build of torch it serves", flush=True)
         cuda = served_cuda(torch)
         if cuda:
             print("\n" + cuda_notice(torch))
             check_disk(DOWNLOAD_CUDA, DISK_CUDA)
             if sys.stdin is not None and sys.stdin.isatty():
-                print("\nGoing on with the CUDA build in 10 seconds.")
-                sys.stdout.flush()
+                print("\nGoing on with the CUDA build in 10 seconds.", flush=True)
                 time.sleep(10)
         step("install torch %s" % torch, pip + ["install", "-c", "constraints.txt", "torch==" + torch])
     step(
@@ -483,12 +483,7 @@ def set_up():
     )
     with open(STAMP, "wb") as file:
         file.write(wanted.encode("utf-8"))
-    print("\nSet up in %d s; .venv holds %d MiB." % (time.time() - begun, size_of(VENV)))
-    sys.stdout.flush()
-
-
-def torch_is_missing(todo):
-    return todo == "make" or installed("torch") != pinned("torch")
+    print("\nSet up in %d s; .venv holds %d MiB." % (time.time() - begun, size_of(VENV)), flush=True)
 
 
 # ---- what was asked for -----------------------------------------------------------------------
@@ -542,7 +537,7 @@ def main(arguments):
     except KeyboardInterrupt:
         print("\nStopped. " + AGAIN, file=sys.stderr)
         return 1
-    except (OSError, IOError) as error:
+    except OSError as error:
         print("\n" + explain("set up .venv", 1, [str(error)]), file=sys.stderr)
         return 1
     if command == "lab":

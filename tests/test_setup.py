@@ -69,19 +69,40 @@ WANTED = "hash\n/home/me/peft_teach\n"
 
 
 @pytest.mark.parametrize(
-    "stamp, works, exists, todo",
+    "stamp, works, todo",
     [
-        (None, False, False, "make"),  # nothing there
-        (None, False, True, "make"),  # half made: no python, or no whole pip
-        (WANTED, False, True, "make"),  # the Python it was made from is gone
-        (None, True, True, "install"),  # interrupted while installing
-        ("other\n/home/me/peft_teach\n", True, True, "install"),  # the pins changed
-        ("hash\n/somewhere/else\n", True, True, "make"),  # the folder was moved
-        (WANTED, True, True, "ready"),
+        (None, False, "make"),  # nothing there, or half made: no python, or no whole pip
+        (WANTED, False, "make"),  # the Python it was made from is gone
+        (None, True, "install"),  # interrupted while installing
+        ("other\n/home/me/peft_teach\n", True, "install"),  # the pins changed
+        ("hash\n/somewhere/else\n", True, "make"),  # the folder was moved
+        (WANTED, True, "ready"),
     ],
 )
-def test_what_to_do(stamp, works, exists, todo):
-    assert start.what_to_do(stamp, WANTED, works, exists) == todo
+def test_what_to_do(stamp, works, todo):
+    assert start.what_to_do(stamp, WANTED, works) == todo
+
+
+def test_a_missing_venv_does_not_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(start, "PYTHON", str(tmp_path / "bin" / "python"))
+    assert not start.venv_works()
+
+
+def test_a_torch_whose_install_was_killed_is_told_of_as_missing(monkeypatch, tmp_path, capsys):
+    """pip writes METADATA before RECORD: until it is dropped, a half torch looks like one that is there."""
+    half = tmp_path / "torch-1.dist-info"
+    half.mkdir()
+    monkeypatch.setattr(start, "STAMP", str(tmp_path / "stamp"))
+    monkeypatch.setattr(start, "venv_works", lambda: True)
+    monkeypatch.setattr(start, "site_packages", lambda: str(tmp_path))
+    monkeypatch.setattr(start, "installed", lambda name: start.pinned(name) if half.exists() else None)
+    monkeypatch.setattr(start, "check_disk", lambda *_: None)
+    monkeypatch.setattr(start, "served_cuda", lambda version: [])
+    steps = []
+    monkeypatch.setattr(start, "step", lambda what, command: steps.append(what))
+    start.set_up()
+    assert "355 MiB" in capsys.readouterr().out
+    assert steps[-2].startswith("install torch") and (tmp_path / "stamp").exists()
 
 
 def test_stamp_follows_pins_and_place_but_not_line_ends(tmp_path):
