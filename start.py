@@ -176,13 +176,12 @@ def installed(name):
 # ---- running things ---------------------------------------------------------------------------
 
 
-def child_environment(extra=()):
+def child_environment():
     environment = dict(os.environ)
     environment.pop("PYTHONHOME", None)
     environment.pop("__PYVENV_LAUNCHER__", None)
     environment["PIP_USER"] = "0"  # a user's own `pip config` may say otherwise, which fails in a venv
     environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
-    environment.update(extra)
     return environment
 
 
@@ -503,15 +502,8 @@ def wait_for(process):
             pass
 
 
-def run_in_venv(arguments, environment=()):
-    return wait_for(subprocess.Popen([PYTHON] + arguments, cwd=ROOT, env=child_environment(environment)))
-
-
-TEST_ENVIRONMENT = {
-    "PEFT_TEACH_BUILD": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep: two torch processes share few cores
-    "TOKENIZERS_PARALLELISM": "false",
-}
+def run_in_venv(arguments):
+    return wait_for(subprocess.Popen([PYTHON] + arguments, cwd=ROOT, env=child_environment()))
 
 
 def interrupt(*_):
@@ -543,7 +535,7 @@ def main(arguments):
     if command == "lab":
         return run_in_venv(["-m", "peft_teach.cli", "lab"] + rest)
     if command == "test":
-        return run_in_venv(["-m", "pytest"] + rest, TEST_ENVIRONMENT)
+        return run_in_venv(["-m", "pytest"] + rest)  # conftest.py sets what tests need
     print("Ready. `python start.py lab` opens the chapters, `python start.py test` runs the tests.")
     return 0
 
