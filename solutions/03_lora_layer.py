@@ -195,8 +195,8 @@ for start in ("A zero, B zero", "A drawn, B zero", "A zero, B drawn", "A drawn, 
               f"  {new_output if step == 1 else ''}")
 
 # %% [markdown]
-# Each factor's gradient has the *other* factor in it. Two zeros never move; with two drawn ones the
-# new layer is not the old one. Drawing one and zeroing the other is what is left, and `peft`,
+# Each factor's gradient has the *other* factor in it. Two zeros never move; if both are drawn, the
+# new layer does not give the old output. Drawing one and zeroing the other is what is left, and `peft`,
 # like the paper, draws $A$.
 #
 # ### Exercise: `init_lora_`
@@ -254,13 +254,31 @@ check("lora_layer.add_update", add_update)
 # %% [markdown]
 # ## 4 · The update as a module
 #
+# The whole layer, as a picture:
+#
+# ```
+#         x (batch, seq, in)
+#         ├──────────────────┐
+#         │              dropout
+#   ┌─────┴─────┐      ┌─────┴─────┐
+#   │ W  frozen │      │     A     │  (r, in)     drawn
+#   │ (out, in) │      └─────┬─────┘
+#   │           │      ┌─────┴─────┐
+#   │           │      │     B     │  (out, r)    zero
+#   └─────┬─────┘      └─────┬─────┘
+#         │              × scaling
+#         └───────(+)────────┘
+#         y (batch, seq, out)
+# ```
+#
 # ### Exercise: `LoRALayer`
 # {{lora_layer.LoRALayer}}
 #
-# The right half of the picture, without a frozen weight: $x \mapsto \frac{\alpha}{r} B A
+# The right half of it, without a frozen weight: $x \mapsto \frac{\alpha}{r} B A
 # \,\text{dropout}(x)$. It needs `lora_A` (r, in) and `lora_B` (out, r) as `nn.Parameter`, started as
 # above, `scaling` (α/r, or α/√r with `use_rslora`), and dropout **on the input of A only**, in
-# training mode only. The functions from above are yours to call. If you left one blank, take the
+# training mode only. The output is in the dtype of $x$, the update is computed in that of $A$ and $B$,
+# as `add_update` does it. The functions from above are yours to call. If you left one blank, take the
 # reference for now: `add_update = use("lora_layer.add_update")`.
 #
 # Folded below are two functions that are given: one refuses bad arguments, the other tells the
@@ -279,40 +297,29 @@ check("lora_layer.LoRALayer", LoRALayer)
 # %% [markdown]
 # ## 5 · Around a frozen layer
 #
-# ```
-#         x (batch, seq, in)
-#         ├──────────────────┐
-#         │              dropout
-#   ┌─────┴─────┐      ┌─────┴─────┐
-#   │ W  frozen │      │     A     │  (r, in)     drawn
-#   │ (out, in) │      └─────┬─────┘
-#   │           │      ┌─────┴─────┐
-#   │           │      │     B     │  (out, r)    zero
-#   └─────┬─────┘      └─────┬─────┘
-#         │              × scaling
-#         └───────(+)────────┘
-#         y (batch, seq, out)
-# ```
-#
 # ### Exercise: `LoRALinear`
 # {{lora_layer.LoRALinear}}
 #
 # The whole layer. What it has to do:
 #
 # - `.linear` is the layer that was given, and nothing in it is trained, its bias included;
-# - `.lora_A`, `.lora_B`, `.scaling` as in `LoRALayer`; `.delta_weight()` gives $\frac{\alpha}{r} BA$;
-#   keep `r` and `lora_alpha` too, since the given `extra_repr` prints them;
+# - `.lora_A`, `.lora_B`, `.scaling` stand on this layer itself, with the shapes and the start of
+#   `LoRALayer`; $A$ and $B$ are in the dtype of the frozen weight, and in float32 if that has 16 bits;
+# - `.delta_weight()` gives $\frac{\alpha}{r} BA$; `.r` and `.lora_alpha` are what the given `extra_repr`
+#   prints;
 # - a new layer gives exactly what the frozen one gives;
 # - dropout on the input of $A$, never on the frozen path, and only in training mode;
 # - `.merge()` adds ΔW to `.linear.weight`; after it, `forward` is the linear layer alone. Merging a
 #   merged layer does nothing;
 # - `.unmerge()` brings the old weight back; without a merge before it, it does nothing. Up to rounding
-#   is enough to pass; the docstring's "exactly" is what the reference does, and section 5 ends with why;
-# - `.merged` says which of the two it is. It may be a plain attribute: delete the property then.
+#   is enough here. The reference restores it exactly; the end of this section shows why;
+# - `.merged` is True while the update is inside the weight. It may be a plain attribute: delete the
+#   property then.
 #
 # Begin with `__init__` and `forward`: the check gives points for what is right already.
-# GPT-2's `Conv1D` keeps its weight the other way round, (in, out). Either handle it, in `merge` too,
-# or refuse it in `__init__` with a `TypeError`: refusing costs no points, a wrong merge does.
+# GPT-2's `Conv1D` keeps its weight the other way round, (in, out), and `linear_sizes` lets it through.
+# Either handle it, in `merge` too, or refuse it in `__init__`: refusing costs no points, a wrong merge does.
+# What happens over 16 bits, and with other leading axes than (batch, seq), is told but not graded.
 
 # %% key="lora_layer.LoRALinear" role="answer"
 # source: peft_teach.lora.layer: LoRALinear
@@ -329,7 +336,7 @@ Layer = use("lora_layer.LoRALinear")
 # %% [markdown]
 # ### What goes wrong, met on purpose
 #
-# Errors are worth reading before they come at night. The reference refuses these when the layer is
+# It pays to read these errors before you meet them. The reference refuses these when the layer is
 # built:
 
 # %%
@@ -356,7 +363,7 @@ def warnings_of(action) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         action()
-    return [str(w.message)[:100] for w in caught]
+    return [str(w.message) for w in caught]
 
 
 ours, theirs = Reference(nn.Linear(6, 5), r=2, lora_alpha=3), peft_around(nn.Linear(6, 5), r=2, lora_alpha=3)
@@ -375,8 +382,8 @@ print("base", half.linear.weight.dtype, "· A", half.lora_A.dtype, "· output", 
 # %% [markdown]
 # ### What merging costs in 16 bits
 #
-# Merged, a layer is as fast as before LoRA. In float32 the output is the same up to rounding. In
-# bfloat16, $W + \Delta W$ has to fit into 16 bits. Guess first: by what share of the largest output
+# Merged, a layer is one product again. In float32 the output is the same up to rounding: that is what
+# the check compared. In bfloat16, $W + \Delta W$ has to fit into 16 bits. Guess first: by what share of the largest output
 # will the merged layer be off? And does subtracting ΔW again bring $W$ back?
 
 # %%
@@ -386,15 +393,15 @@ nn.init.normal_(half.lora_B, std=0.1)
 x, W = torch.randn(8, 256).bfloat16(), half.linear.weight.detach().clone()
 apart = half(x)
 half.merge()
-measured("merged against apart, of the largest output", (half(x) - apart).abs().max() / apart.abs().max(), expect=0.007, tol=0.7)
+measured("merged minus unmerged output, as a share of the largest output", (half(x) - apart).abs().max() / apart.abs().max(), expect=0.007, tol=0.7)
 subtracted = half.linear.weight - half.delta_weight()
-measured("W after adding and subtracting, of the largest weight", (subtracted.bfloat16() - W).abs().max() / W.abs().max(), expect=0.004, tol=0.9)
+measured("error left in W after adding and subtracting, as a share of the largest weight", (subtracted.bfloat16() - W).abs().max() / W.abs().max(), expect=0.004, tol=0.9)
 half.unmerge()
 print("W after unmerge() from a copy is exactly the old one:", torch.equal(half.linear.weight, W))
 
 # %% [markdown]
 # Under one percent on one layer. Through all thirty of SmolLM2 it is 2.6 % of the largest logit
-# (`tests/lora/test_smollm2.py` measures that). And what was rounded off does not come back by
+# (the package's `tests/lora/test_smollm2.py` measures it). And what was rounded off does not come back by
 # subtracting, which is why the reference keeps a copy of the weight while it is merged.
 #
 # ## 6 · A test that is worth something
@@ -462,12 +469,12 @@ for (r, losses), style, marker in zip(curves.items(), ("-", "--", "-.", ":", "-"
 axes.set(xlabel="training step", ylabel="squared error (log)", title="LoRA lands on what its rank can reach", ylim=(1e-4, 60))
 axes.legend()
 fact = "\n".join(f"r = {r}: error {losses[-1]:.2f}, best possible {tails[r]:.2f}" for r, losses in curves.items())
-show(figure, alt="Squared error against training step for five ranks. Ranks 1, 2 and 3 each level off on the dashed "
-     "line of their tail, 5.25, 1.25 and 0.25; ranks 4 and 8 fall on towards zero.", fact=fact)
+show(figure, alt="Squared error against training step for five ranks. Ranks 1, 2 and 3 each level off on the dotted "
+     "grey line of their tail, 5.25, 1.25 and 0.25; ranks 4 and 8 fall on towards zero.", fact=fact)
 
 # %% [markdown]
 # With r = 1, 2 and 3 each curve lands on its line; with 4 and 8 nothing is left. Four directions need
-# r = 4; r = 8 costs twice the numbers and reaches nothing more. Real weight changes are not made of four directions: how far low rank carries there is
+# r = 4; r = 8 costs twice the numbers, and all it gains is getting there in fewer steps. Real weight changes are not made of four directions: how far low rank carries there is
 # measured in chapter 02.
 #
 # ## 8 · Equal to the real thing
@@ -511,7 +518,7 @@ total = sum(p.numel() for p in model.parameters())
 put_lora(model, Layer, r=8, lora_alpha=12)
 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 print(f"{trained:,} of {total:,} parameters are trained")
-reveal("lora_layer.trained_percent", round(100 * trained / total, 2))
+reveal("lora_layer.trained_percent", round(100 * trained / total, 2), close=0.3)
 
 # %% [markdown]
 # A third of a percent. Next the same with `peft`, on a fresh copy of the model, with the same random
@@ -587,13 +594,13 @@ measured("loss at the last step", our_losses[-1], expect=3.5, tol=0.25)
 print("before:", text_before, "\n\nafter: ", text_after)
 
 # %% [markdown]
-# The text is another one, so ten steps did something; nobody would call it better. Chapter 04 trains
-# until it is.
+# The text has changed, so the ten steps did something, but it isn't better. Chapter 04 trains until it
+# is.
 #
 # ## 9 · The trap gallery · *optional*
 #
-# Layers that are wrong in ways that were all met in the wild. Each was run just now; open one after
-# you have guessed what would show it.
+# Wrong layers of the kind that people write. Each was run just now; open one after you have guessed
+# what would show it.
 
 # %% role="optional"
 gallery("lora_layer.add_update", "lora_layer.LoRALinear")

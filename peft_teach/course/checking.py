@@ -397,7 +397,7 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
         verdict.status = "error"
     verdict.candidates = diagnose(exercise, traces, failed)
     seen = symptom(found.got, found.expected) if found.kind == "value" else ""
-    seen = seen or _advice(found)
+    seen = seen or _advice(exercise, found)
     if not verdict.candidates:
         factor = _named_factor(exercise, probe, traces, found.what)
         verdict.candidates = [factor] if factor else []
@@ -414,7 +414,9 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
         last = {"one": "cause", "many": "cause, one of"}["one" if len(verdict.candidates) == 1 else "many"]
         lines.append((last, "\n".join(_cause(exercise, c, found.kind) for c in verdict.candidates[:4])))
     elif verdict.candidates:
-        lines.append(f'Look for what could give that. Stuck? hint("{exercise.key}") names the cause; so does the next failing try.')
+        lines.append(f'Look for what could give that. Stuck? hint("{exercise.key}") names the cause.')
+    elif exercise.kind == "property" and named and found.got is False:
+        lines.append("A right layer is accused. Is dropout off? Does equal mean up to rounding, measured by the largest output?")
     passed = [p.name for p in exercise.probes if p.name not in failed + left_out]
     if passed:
         lines.append(("right so far", _listed(passed)))
@@ -442,17 +444,20 @@ def _cause(exercise: Exercise, cause: str, kind: str = "value") -> str:
 
 # What torch says, in words that say what to do.
 _ADVICE = (
-    (("leaf Variable that requires grad", "non-leaf"), "a parameter is changed in place: that belongs under torch.no_grad(), as in nn.init's functions"),
-    (("cannot be multiplied", "Expected size for first two dimensions", "size mismatch"), "two shapes don't fit. x holds its vectors as rows, (…, in_features): x @ A.T is right, A @ x is not"),
+    (("before Module.__init__",), "super().__init__() comes first in __init__"),
+    (("leaf Variable that requires grad", "non-leaf"), "a tensor that asks for a gradient is changed in place. For a parameter that belongs under torch.no_grad(), as in nn.init's functions; of anything else, make a new tensor"),
+    (("cannot be multiplied", "Expected size for first two dimensions", "size mismatch"), "two shapes don't fit. A is (r, in), B is (out, r), and vectors x come as rows, (…, in): x @ A.T"),
     (("same dtype", "expected m1 and m2", "to have the same dtype"), "two dtypes meet: bring x to the dtype of A first"),
     (("does not require grad and does not have a grad_fn",), "nothing that is trained reaches the output: is something detached, or no nn.Parameter?"),
-    (("cannot assign", "as parameter"), "a name that holds an nn.Parameter can only be given another nn.Parameter: change its numbers instead, under torch.no_grad()"),
+    (("as parameter",), "a name that holds an nn.Parameter can only be given another nn.Parameter: change its numbers instead, under torch.no_grad()"),
     (("has no setter", "can't set attribute"), "the class has a property of that name: delete the property if you want a plain attribute"),
 )
 
 
-def _advice(found: Difference) -> str:
+def _advice(exercise: Exercise, found: Difference) -> str:
     text = found.error.message if found.error else ""
+    if exercise.kind == "property" and "leaf Variable" in text:
+        return "what get gives is a copy: change the copy without a gradient, then write it with layer.put"
     for needles, advice in _ADVICE:
         if any(needle in text for needle in needles):
             return advice
@@ -521,7 +526,7 @@ def _lines(found: Difference, exercise: Exercise | None = None) -> list:
         return lines + [("yours", "None: it has no gradient"), ("expected", f"a tensor {tuple(found.expected.shape)}")]
     hide = exercise is not None and exercise.kind == "answer"  # an answer is not given away by its check
     if found.kind in ("type", "shape") and hide:
-        return lines + [("yours", found.got.type if isinstance(found.got, Opaque) else repr(found.got)), f"asked for: {exercise.form or exercise.unit}"]
+        return lines + [("yours", found.got.type if isinstance(found.got, Opaque) else repr(found.got)), ("asked for", exercise.form)]
     if found.kind == "type":
         got = found.got.type if isinstance(found.got, Opaque) else type(found.got).__name__
         kind = f"a tensor {tuple(found.expected.shape)}" if isinstance(found.expected, Tensor) else f"{found.expected!r}"
@@ -538,7 +543,7 @@ def _lines(found: Difference, exercise: Exercise | None = None) -> list:
     say = lambda v: (f"{v:.6g}" if isinstance(v, float) else repr(v)) + unit  # noqa: E731
     if found.got is None:
         return lines + [("yours", "None: is a return missing?"), ("expected", say(found.expected))]
-    return lines + [("yours", say(found.got))] + ([] if hide else [("expected", say(found.expected))])
+    return lines + [("yours", say(found.got)), ("asked for", exercise.form) if hide else ("expected", say(found.expected))]
 
 
 def _unfilled(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from typing import Any
@@ -72,11 +73,16 @@ def predict(key: str, value: Any = ...) -> Card:
 _predictions: dict[str, Any] = {}
 
 
-def reveal(key: str, actual: Any) -> Card:
-    """What came out, beside what was predicted."""
+def reveal(key: str, actual: Any, close: float = 0.0) -> Card:
+    """What came out, beside what was predicted. close: up to which share of it a guess is near enough."""
     guess = _predictions.get(key, state.read(f"predict.{key}").get("plain"))
+    if isinstance(guess, str) and isinstance(actual, (int, float)):
+        with contextlib.suppress(ValueError):  # "0.3 %" is meant as a number
+            guess = float(guess.strip(" %"))
     if guess is None:
         return Card(f"○ {key}: it is {actual!r}", ["You made no prediction."])
     if _same(guess, actual):
         return Card(f"✓ {key}: as you predicted, {actual!r}")
+    if close and isinstance(guess, (int, float)) and abs(guess - actual) <= close * abs(actual):
+        return Card(f"✓ {key}: you predicted {guess!r}, it is {actual!r}")
     return Card(f"✗ {key}: not as predicted", [("predicted", repr(guess)), ("it is", repr(actual))])

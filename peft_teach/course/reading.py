@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
+import inspect
 import textwrap
 from importlib import resources
 
 from peft_teach.course.checking import judge
 from peft_teach.course.exercise import find
-from peft_teach.course.mistakes import mistakes
+from peft_teach.course.mistakes import Mistake, mistakes
 from peft_teach.course.show import Card
 from peft_teach.course.subject import Subject
 
@@ -25,7 +27,7 @@ def gallery(*keys: str) -> Card:
             if mistake.why:
                 verdict = judge(exercise, Subject.local(exercise.answer(mistake.build()), key))
                 found = dict(line for line in verdict.lines if isinstance(line, tuple))
-                wrong = "\n".join(line for line in (_change(mistake.edit)))
+                wrong = _change(mistake)
                 number = found.get("furthest off") or f"{found.get('yours', found.get('raised', '?'))}, expected {found.get('expected', 'no error')}"
                 text = (f"{wrong}\n\nhow one comes to it   {mistake.why}\nwhat it breaks        {mistake.breaks}\n"
                         f"what shows it         {mistake.shows}\njust measured         {found.get('looked at')}: {number}")
@@ -33,10 +35,12 @@ def gallery(*keys: str) -> Card:
     return Card(f"Trap gallery: {len(folded)} wrong layers", ["Guess what would show each before you open it."], folded)
 
 
-def _change(edit: tuple[str, str]) -> list[str]:
-    """The lines that differ, as a small diff."""
-    old, new = (textwrap.dedent(part).strip("\n").split("\n") for part in edit)
-    return [line for line in difflib.ndiff(old, new) if line[:2] in ("- ", "+ ") and line[2:].strip()]
+def _change(mistake: Mistake) -> str:
+    """The lines of the module that differ, as a small diff."""
+    right = inspect.getsource(importlib.import_module(find(mistake.key).module))
+    lines = difflib.unified_diff(right.splitlines(), mistake.source().splitlines(), n=0, lineterm="")
+    changed = [line for line in lines if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    return "\n".join(sign + " " + text for sign, text in zip((c[0] for c in changed), textwrap.dedent("\n".join(c[1:] for c in changed)).split("\n")))
 
 
 @functools.cache

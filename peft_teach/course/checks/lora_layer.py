@@ -597,7 +597,7 @@ def _verdict_on(name: str):
         subject.seed(s["seed"])
         remote = Remote(layer, ("merge", "unmerge"))
         right = _candidates()[name][0]
-        yield ("is this right layer let pass?" if right else "is this layer passed as harmless?"), _plain(subject.call(remote, x))
+        yield ("does your test accept this right layer?" if right else "does your test accept this faulty layer?"), _plain(subject.call(remote, x))
 
     return Probe(f"{'lets pass' if _candidates()[name][0] else 'catches'}: {name}", probe,
                  (PROPERTY_SMALL, PROPERTY_MIDDLE))
@@ -643,6 +643,8 @@ def _entry(name: str):
         found = value.get(name, f"there is no entry {name!r}") if isinstance(value, dict) else value
         if isinstance(found, (tuple, list)):  # "a" and "Both" are meant well
             found = tuple({"a": "A", "b": "B"}.get(str(w).strip().lower(), str(w).strip().lower()) if isinstance(w, str) else w for w in found)
+            strange = [w for w in found if w not in ("neither", "A", "B", "both")]
+            found = f"{strange[0]!r} is none of the four words" if strange else found
         yield f"what moves at steps 1 and 2 from: {name}", found
 
     return Probe(name, probe, ({},))

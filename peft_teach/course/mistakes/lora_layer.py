@@ -59,7 +59,7 @@ _START = (
 _INIT_MISTAKES = tuple(_init("lora_layer.init_lora_", new, cause) for new, cause in _START) + (
     _init("lora_layer.init_lora_", _INIT.split("\n")[0], "B is left as it was"),
     _init("lora_layer.init_lora_", "    nn.init.zeros_(B)", "A is left as it was"),
-    _init("lora_layer.init_lora_", "    bound = 1 / math.sqrt(A.shape[1])\n    A.uniform_(-bound, bound)\n    B.zero_()", "A is changed in place without torch.no_grad(), though it is a parameter"),
+    _init("lora_layer.init_lora_", "    bound = 1 / math.sqrt(A.shape[1])\n    A.uniform_(-bound, bound)\n    B.zero_()", "a parameter is changed in place without torch.no_grad()"),
     _init("lora_layer.init_lora_", "    torch.manual_seed(0)\n" + _INIT, "the random state is set in here, so that every layer gets the same A"),
     _init("lora_layer.init_lora_", "    A = nn.init.kaiming_uniform_(A.detach().clone(), a=math.sqrt(5))\n    B = torch.zeros_like(B)",
           "new tensors are made and the ones that were given stay as they were"),
