@@ -16,14 +16,16 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     lab = commands.add_parser("lab", help="copy the chapters into work/ and open JupyterLab there")
     lab.add_argument("--no-open", action="store_true", help="copy, and open nothing")
-    lab.add_argument("rest", nargs="*", help="passed on to JupyterLab, after --")
     check = commands.add_parser("check", help="check all answers in a notebook or a .py file")
     check.add_argument("notebook", type=Path)
     check.add_argument("--json", action="store_true", help="verdicts as JSON")
     build = commands.add_parser("build", help="make the notebooks from solutions/NN_name.py")
     build.add_argument("chapter", nargs="?", metavar="NN", help="one chapter, by number")
     build.add_argument("--check", action="store_true", help="say what is stale; execute nothing")
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "lab":
+        parser.error(f"unknown: {' '.join(rest)}")
+    options.rest = [word for word in rest if word != "--"]  # JupyterLab's own options
     try:
         return {"lab": _lab, "check": _check, "build": _build}[options.command](options)
     except (FileNotFoundError, LookupError) as error:

@@ -474,8 +474,8 @@ show(figure, alt="Squared error against training step for five ranks. Ranks 1, 2
 
 # %% [markdown]
 # With r = 1, 2 and 3 each curve lands on its line; with 4 and 8 nothing is left. Four directions need
-# r = 4; r = 8 costs twice the numbers, and all it gains is getting there in fewer steps. Real weight changes are not made of four directions: how far low rank carries there is
-# measured in chapter 02.
+# r = 4; r = 8 costs twice the numbers, and all it gains is getting there in fewer steps. Real weight
+# changes are not made of four directions; how far low rank carries there is the question of chapter 02.
 #
 # ## 8 · Equal to the real thing
 #

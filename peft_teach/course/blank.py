@@ -33,7 +33,7 @@ def bodies(source: str) -> list[tuple[str, ast.FunctionDef]]:
         for function in inside:
             if not isinstance(function, ast.FunctionDef):
                 continue
-            if any("# given" in line for line in lines[function.lineno - 1 : function.end_lineno]):
+            if any(line.rstrip().endswith("# given") for line in lines[function.lineno - 1 : function.end_lineno]):
                 continue
             where = f"{node.name}.{function.name}" if isinstance(node, ast.ClassDef) else function.name
             found.append((where, function))
@@ -65,7 +65,11 @@ def blank(source: str, key: str) -> str:
         else:
             edits.append((first, function.end_lineno, " " * start.col_offset + _stub(key, where)))
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and "# given" not in lines[node.end_lineno - 1]:
+        if lines[node.end_lineno - 1].rstrip().endswith("# given"):
+            continue
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Import, ast.ImportFrom)):
+            raise LookupError(f"line {node.lineno} can't be blanked: {lines[node.lineno - 1]!r}. Mark it with # given, or take it out")
+        if isinstance(node, ast.Assign):
             target = ast.unparse(node.targets[0])
             edits.append((node.lineno, node.end_lineno, f"{target} = {_hollow(node.value)}"))
     for first, last, text in sorted(edits, reverse=True):

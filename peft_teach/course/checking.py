@@ -128,8 +128,11 @@ def _no_trace() -> Iterator[None]:
     import numpy
 
     before = random.getstate(), numpy.random.get_state(), torch.get_default_dtype(), torch.get_num_threads()
+    device = torch.get_default_device()
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+            if device.type != "cpu":
+                torch.set_default_device("cpu")
             torch.set_default_dtype(torch.float32)
             torch.set_num_threads(1)  # on tensors this small, a second thread only waits
             yield
@@ -138,6 +141,8 @@ def _no_trace() -> Iterator[None]:
         numpy.random.set_state(before[1])
         torch.set_default_dtype(before[2])
         torch.set_num_threads(before[3])
+        if device.type != "cpu":
+            torch.set_default_device(device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,9 +178,9 @@ class Difference:
 
 
 def compare(got: Trace, expected: Trace, tol: float | None) -> Difference | None:
-    if got.left_out:
-        return None
     for i, (what, value) in enumerate(expected.items):
+        if i == len(got.items) and got.left_out:
+            return None
         if i == len(got.items):
             return Difference(what, "error", expected=value, error=got.error)
         kind = difference(got.items[i][1], value, tol)
@@ -411,8 +416,7 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
     if empty:
         lines.append(("still blank", ", ".join(empty)))
     if verdict.candidates and named:
-        last = {"one": "cause", "many": "cause, one of"}["one" if len(verdict.candidates) == 1 else "many"]
-        lines.append((last, "\n".join(_cause(exercise, c, found.kind) for c in verdict.candidates[:4])))
+        lines.append(("cause" if len(verdict.candidates) == 1 else "cause, one of", "\n".join(_cause(exercise, c, found.kind) for c in verdict.candidates[:4])))
     elif verdict.candidates:
         lines.append(f'Look for what could give that. Stuck? hint("{exercise.key}") names the cause.')
     elif exercise.kind == "property" and named and found.got is False:

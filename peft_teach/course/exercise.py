@@ -92,11 +92,8 @@ class Exercise:
 @functools.cache
 def _all() -> dict[str, Exercise]:
     package = importlib.import_module("peft_teach.course.checks")
-    found: dict[str, Exercise] = {}
-    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
-        if not info.name.startswith("_"):
-            found |= {e.key: e for e in importlib.import_module(f"{package.__name__}.{info.name}").EXERCISES}
-    return found
+    modules = [importlib.import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
+    return {e.key: e for module in sorted(modules, key=lambda m: m.CHAPTER) for e in module.EXERCISES}
 
 
 def exercises() -> list[Exercise]:

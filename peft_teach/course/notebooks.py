@@ -51,7 +51,7 @@ class Chapter:
 
 
 def find_root(start: Path | None = None) -> Path:
-    """The repository's folder, from anywhere in it; FileNotFoundError elsewhere."""
+    """The repository's folder, from anywhere in it, or the one that this package lies in; FileNotFoundError else."""
     here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
         if (folder / "solutions").is_dir() and (folder / "pyproject.toml").is_file():
@@ -121,8 +121,7 @@ def _expand(text: str) -> str:
 def _answer_cell(text: str, key: str, blanked: bool) -> str:
     exercise = find(key)
     answer = _expand(text)
-    if exercise.name not in answer:
-        raise LookupError(f"the answer cell of {key} doesn't define {exercise.name}")
+    definition(answer, exercise.name)  # LookupError when the cell doesn't define it
     return (blank(answer, key) if blanked else answer).rstrip("\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from typing import Any
@@ -21,8 +22,10 @@ def measured(name: str, value: float, expect: float, tol: float, unit: str = "")
     """Print a number that depends on the machine, with ≈, and assert that it lies near `expect`.
 
     tol: how far it may be off, as a share of `expect` (0.5: between half and one and a half).
-    AssertionError outside of that range.
+    AssertionError outside of that range, ValueError for expect = 0, of which nothing is a share.
     """
+    if expect == 0:
+        raise ValueError("expect must not be 0: tol is a share of it")
     value = float(getattr(value, "detach", lambda: value)())  # of a tensor with a gradient, too
     print(f"{name} ≈ {value:.4g}{' ' + unit if unit else ''}")
     if budget(True, False) and not (math.isfinite(value) and abs(value - expect) <= tol * abs(expect)):
@@ -65,7 +68,10 @@ def predict(key: str, value: Any = ...) -> Card:
     """Write down what you expect before the cell that shows it; `reveal` compares."""
     if value is ...:
         return Card(f"○ {key}: no prediction yet", ["Put your guess in place of the dots. A wrong one teaches more than none."])
-    state.write(f"predict.{key}", value=repr(value), plain=value if isinstance(value, (int, float, str, bool)) else None)
+    try:
+        state.write(f"predict.{key}", plain=json.loads(json.dumps(value)))  # for after a restart
+    except TypeError:
+        pass
     _predictions[key] = value
     return Card(f"○ {key}: you predict {value!r}")
 

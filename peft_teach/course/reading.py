@@ -32,7 +32,7 @@ def gallery(*keys: str) -> Card:
                 text = (f"{wrong}\n\nhow one comes to it   {mistake.why}\nwhat it breaks        {mistake.breaks}\n"
                         f"what shows it         {mistake.shows}\njust measured         {found.get('looked at')}: {number}")
                 folded.append((f"{len(folded) + 1}. {mistake.cause}", text))
-    return Card(f"Trap gallery: {len(folded)} wrong layers", ["Guess what would show each before you open it."], folded)
+    return Card(f"Trap gallery: {len(folded)} wrong answers", ["Guess what would show each before you open it."], folded)
 
 
 def _change(mistake: Mistake) -> str:
@@ -60,7 +60,7 @@ def quiz(key: str, choice: str | None = None) -> Card:
     if choice is None:
         lines = [(letter, c["text"]) for letter, c in choices.items()]
         return Card(f"○ {asked['question']}", lines + [f'Answer with quiz("{key}", "a")'])
-    choice = choice.lower()
+    choice = str(choice).lower()
     if choice not in choices:
         raise ValueError(f"choice must be one of {', '.join(choices)}, got {choice!r}")
     right = choice == asked["right"]
@@ -70,6 +70,8 @@ def quiz(key: str, choice: str | None = None) -> Card:
 def claims(chapter: str | None = None) -> Card:
     """What people are usually told, and what this book's cells say to it; of one chapter or of all."""
     rows = [(name, c) for name, c in _read("claims.yml").items() if chapter in (None, c["chapter"])]
+    if not rows:
+        raise KeyError(f"no claims of {chapter!r}; there is: {', '.join(sorted({c['chapter'] for c in _read('claims.yml').values()}))}")
     lines = [(name, f"“{c['claim']}”  {c['verdict'].upper()}{': ' + c['condition'] if c.get('condition') else ''}\n{c['answer']}")
              for name, c in rows]
     return Card(f"{len(rows)} claims", lines)

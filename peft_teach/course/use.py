@@ -146,8 +146,25 @@ def extract(cells: Iterable[str], name: str, key: str = "") -> str | None:
             wanted += there[i].uses
             if there[i].starts_afresh(current):
                 break
-    ordered = sorted(keep, key=lambda i: (not future(there[i]), i))
-    return "\n\n".join(there[i].text for i in ordered) + "\n"
+    # A cell that was run again may stand behind what needs it: imports come first, in an order that no
+    # re-run changes, and then each statement after those that it needs when it is run.
+    imports = [i for i in keep if isinstance(there[i].node, (ast.Import, ast.ImportFrom))]
+    ordered = sorted(imports, key=lambda i: (not future(there[i]), not star(there[i]), i if star(there[i]) else there[i].text))
+
+    def emit(i: int) -> None:
+        if i in ordered or i in under_way:
+            return
+        under_way.add(i)
+        for j in sorted(keep):
+            if j > i and there[j].binds & there[i].at_once and not there[j].at_once & there[i].binds:
+                emit(j)
+        ordered.append(i)
+
+    under_way: set[int] = set()
+    for i in sorted(keep):
+        emit(i)
+    return "\n\n".join(dict.fromkeys(there[i].text for i in ordered if i in imports)) + "\n\n" * bool(imports) + (
+        "\n\n".join(there[i].text for i in ordered if i not in imports) + "\n")
 
 
 def live_cells() -> list[str]:
@@ -191,7 +208,7 @@ def run_source(source: str, name: str, label: str = "an answer") -> Any:
     module.__file__ = f"<{label} {hashlib.sha256(source.encode()).hexdigest()[:8]}>"
     linecache.cache[module.__file__] = (len(source), None, source.splitlines(True), module.__file__)
     sys.modules[module.__name__] = module  # inspect.getsource of a class looks here
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    exec(compile(source, module.__file__, "exec", dont_inherit=True), module.__dict__)
     if name not in module.__dict__:
         raise NameError(f"the statements run, but they don't define {name}")
     return module.__dict__[name]

@@ -262,3 +262,38 @@ def test_as_dict_is_plain_data():
 def test_the_core_path_fits_into_ninety_minutes():
     core = [e for e in exercises() if e.chapter == "lora_layer" and e.importance >= 4]
     assert sum(sum(e.minutes) / 2 for e in core) <= 75  # the rest is for reading and running
+
+
+def test_refused_is_fine_wrong_is_not():
+    """A case that may be refused still has to be right as far as it goes."""
+
+    class WrongOnTwoAxes(correct.Base):
+        def forward(self, x):
+            if x.dim() == 4:
+                raise ValueError("three axes, please")
+            return super().forward(x) * (2 if x.dim() == 2 else 1)
+
+    class RefusesThem(correct.Base):
+        def forward(self, x):
+            if x.dim() != 3:
+                raise ValueError("three axes, please")
+            return super().forward(x)
+
+    wrong = judge(find("lora_layer.LoRALinear"), Subject.local(WrongOnTwoAxes))
+    fine = judge(find("lora_layer.LoRALinear"), Subject.local(RefusesThem))
+    assert not wrong.passed and wrong.probe == "other leading axes"
+    assert fine.passed and "refused" in fine.message
+
+
+@pytest.mark.parametrize("mode", ["inference", "meta"])
+def test_a_check_does_not_hang_on_the_modes_around_it(mode):
+    if mode == "inference":
+        with torch.inference_mode():
+            assert check("lora_layer.delta_weight", correct.delta_scale_A).passed
+        return
+    torch.set_default_device("meta")
+    try:
+        assert check("lora_layer.LoRALinear", correct.UniformInit).passed
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device(None)

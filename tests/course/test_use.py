@@ -326,3 +326,13 @@ def test_written_in_one_kernel_used_in_the_next(home):
     )
     assert "your own [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]" in second[1]
     assert second[2].startswith("by_lambda = lambda")
+
+
+@pytest.mark.parametrize("again", [0, 1, 2])
+def test_a_cell_that_is_run_again_changes_nothing(again):
+    """Its statements stand behind the answer then, but the answer still needs them before."""
+    cells = ["import torch\nfrom torch import nn", "class Base(nn.Module):\n    width = 3", "class Layer(Base):\n    size = torch.tensor(Base.width)"]
+    text = extract([*cells, cells[again]], "Layer")
+    assert run_source(text, "Layer").size == 3
+    if again == 0:
+        assert text == extract(cells, "Layer")

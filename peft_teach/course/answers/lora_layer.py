@@ -28,7 +28,7 @@ def merge_changes_nothing(layer, x) -> bool:
 
     layer: a LoRALinear, perhaps a wrong one, perhaps fresh (B = 0), perhaps in training mode with
     dropout. There is layer(x), layer.get("lora_B"), layer.put("lora_B", tensor), layer.eval(),
-    layer.merge(), layer.unmerge(), and no more. x: (batch, seq, in_features), float32.
+    layer.merge(), layer.unmerge(). What get gives is a copy. x: (batch, seq, in_features), float32.
     Equal means up to rounding: within 1e-4 of the largest output.
     """
     layer.eval()  # dropout would change the output from call to call

@@ -15,6 +15,7 @@ from peft_teach.course.codec import LinearSpec, Remote
 from peft_teach.course.exercise import Exercise, Probe
 from peft_teach.course.subject import Instance, Subject, SubjectError
 
+CHAPTER = "03_lora_layer"
 LAYER = "peft_teach.lora.layer"
 COURSE = "peft_teach.course.answers.lora_layer"
 
@@ -501,7 +502,8 @@ def other_axes(subject: Subject, s: dict) -> Items:
 def half_precision(subject: Subject, s: dict) -> Items:
     """Over a bfloat16 layer: a note, since `add_update` is the exercise on dtypes."""
     W, bias, x = draw(s, "W", "bias", "x")
-    kept = "Over a bfloat16 layer, A and B should be float32 and the output bfloat16; {}. No points hang on it."
+    where = "Over a bfloat16 layer" if "bias" in s else "For x in bfloat16"
+    kept = where + ", A and B should be float32 and the output bfloat16; {}. No points hang on it."
     try:
         more = {"r": s["r"], "lora_alpha": s["lora_alpha"]}
         if "bias" in s:
@@ -706,7 +708,7 @@ EXERCISES = (
             ("my values are all off by a factor", "The product of the two factors is multiplied by one number: lora_alpha divided by r. With use_rslora it is divided by the square root of r."),
             ("the skeleton", "scaling = …            # one number, from lora_alpha, r and use_rslora\nreturn scaling * (B @ …)"),
         ),
-        why="B A is a matrix of rank at most r. Dividing by r keeps the size of the update about the same when r changes, so that lora_alpha need not be tuned anew for each r; rsLoRA argues for √r.",
+        why="B A is a matrix of rank at most r. Dividing by r is meant to keep the update from growing with r, so that lora_alpha need not be tuned anew for each. It does more than that: the product of random factors grows like √r, which is rsLoRA's point.",
     ),
     Exercise(
         "lora_layer.parameter_count", "answer", COURSE, points=1, minutes=(2, 4), difficulty=1, importance=4, unit="trainable numbers", form="a whole number",
@@ -800,6 +802,6 @@ EXERCISES = (
             ("my test accuses a right layer", "In training mode dropout changes the output from call to call. And equal means up to rounding: compare with the largest output, not with 0."),
             ("the skeleton", "layer.eval()\nlayer.put(\"lora_B\", …)\nbefore = layer(x)\nfor change in (layer.merge, layer.merge, layer.unmerge):\n    change()\n    …"),
         ),
-        why="A property is worth as much as the faults it catches and the right answers it lets pass. These faults were all seen in published code.",
+        why="A property is worth as much as the faults it catches and the right answers it lets pass. These faults are of the kind that people write.",
     ),
 )
