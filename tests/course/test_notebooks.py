@@ -136,7 +136,7 @@ def test_a_rebuild_with_equal_outputs_keeps_the_file(tmp_path):
     ("# %% key=\"lora_layer.nothing\" role=\"answer\"\nnothing = 1\n", "no exercise"),
     ("# %% role=\"anser\"\n1\n", "anser"),
     ("# %%\n# source: peft_teach.lora.layer: no_such_thing\n", "no_such_thing"),
-    ("# %% key=\"lora_layer.delta_weight\" role=\"answer\"\nother = 1\n", "doesn't define"),
+    ("# %% key=\"lora_layer.delta_weight\" role=\"answer\"\nother = 1\n", "no top-level definition of delta_weight"),
 ])
 def test_a_source_that_can_not_be_built_says_why(cell, told, tmp_path):
     (tmp_path / "99_bad.py").write_text(cell, "utf-8")
