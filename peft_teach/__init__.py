@@ -7,8 +7,28 @@ matplotlib and hypothesis are imported by the functions that use them.
 import safetensors.torch  # noqa: F401  (the one format that adapters are kept in)
 import torch  # noqa: F401
 
+from peft_teach.lora.inject import (
+    ParameterCount,
+    apply_lora_to_model,
+    count_parameters,
+    merge_lora,
+    unmerge_lora,
+    wrapped_layers,
+)
 from peft_teach.lora.layer import LoRALayer, LoRALinear, add_update, delta_weight, init_lora_
 
 __version__ = "2026.1"
 
-__all__ = ["LoRALayer", "LoRALinear", "add_update", "delta_weight", "init_lora_"]
+__all__ = [
+    "LoRALayer",
+    "LoRALinear",
+    "ParameterCount",
+    "add_update",
+    "apply_lora_to_model",
+    "count_parameters",
+    "delta_weight",
+    "init_lora_",
+    "merge_lora",
+    "unmerge_lora",
+    "wrapped_layers",
+]
