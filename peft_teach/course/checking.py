@@ -429,7 +429,6 @@ def _judge(exercise: Exercise, subject: Subject, named: bool, verdict: Verdict) 
     if found.error is not None and found.error.trace:
         verdict.folded.append(("traceback", found.error.trace))
     verdict.lines = lines
-    verdict.message = "\n".join(": ".join(line) if isinstance(line, tuple) else line for line in lines)
 
 
 def _listed(names: list[str]) -> str:
