@@ -7,6 +7,7 @@ matplotlib and hypothesis are imported by the functions that use them.
 import safetensors.torch  # noqa: F401  (the one format that adapters are kept in)
 import torch  # noqa: F401
 
+from peft_teach.checkpoint import load_adapter, save_adapter
 from peft_teach.lora.inject import (
     ParameterCount,
     apply_lora_to_model,
@@ -28,7 +29,9 @@ __all__ = [
     "count_parameters",
     "delta_weight",
     "init_lora_",
+    "load_adapter",
     "merge_lora",
+    "save_adapter",
     "unmerge_lora",
     "wrapped_layers",
 ]
