@@ -21,11 +21,13 @@ Two files that must change together, though the killer may come between any two 
     the rule    where there is an adapter_config.json, the two files in the folder are the adapter;
                 where there is none, each file of .adapter.next/ counts instead of the one outside
 
-So no moment shows the config of one adapter with the weights of another, to anybody: a reader that doesn't
-know the rule, such as peft, finds no adapter_config.json between 3 and the end of 4, and says so. A save that
-was killed there loads here as the new adapter, and the next save to that folder finishes it, and clears up.
-When the config stays the same to the byte, as in the middle of a training, the weights are renamed over
-the old ones in one step, and there is no such moment. (One save after another: they wait for .adapter.lock.)
+So the config of one adapter never lies beside the weights of another: a reader that doesn't know the rule,
+such as peft, finds no adapter_config.json between 3 and the end of 4, and says so. A save that was killed
+there loads here as the new adapter, and the next save to that folder finishes it, and clears up. (For peft to
+read such a folder again: save_adapter(load_adapter(model, path), path).) When the config stays the same to
+the byte, as in the middle of a training, the weights are renamed over the old ones in one step, and there is
+no such moment. Saves wait for each other at .adapter.lock; load_adapter waits for nobody: it reads again when
+the config was changed while it read. A peft that reads during a save can't know, and may mix the two.
 """
 
 from __future__ import annotations
