@@ -15,7 +15,8 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from few import few
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -48,17 +49,6 @@ LIMIT = {torch.float64: 1e-13, torch.float32: 1e-5}  # merged against unmerged, 
 MEASURED = {}
 
 each_model = pytest.mark.parametrize("name", NAMES)
-
-
-def few(examples):
-    """A seeded, database-free hypothesis run; `device` is the same object for each example."""
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from few import few
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -32,17 +33,6 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 ALL_DTYPES = [*DTYPES, torch.float16]
 # Two ways round that differ by rounding alone may differ by this much of the sum of |terms|.
 LIMIT = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
-
-
-def few(examples):
-    """A seeded, database-free hypothesis run; `device` is the same object for each example."""
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
 
 
 # ---------------------------------------------------------------------- settings, layers, comparing
