@@ -124,7 +124,7 @@ def trace(subject: Subject, probe: Probe, setting: dict, oracle: bool = False) -
 
 @contextlib.contextmanager
 def _no_trace() -> Iterator[None]:
-    """Leave random state, grad mode, default dtype and thread count as they were."""
+    """Leave random state, grad mode, default dtype, default device and thread count as they were."""
     import numpy
 
     before = random.getstate(), numpy.random.get_state(), torch.get_default_dtype(), torch.get_num_threads()
@@ -634,8 +634,9 @@ def hint(key: str, n: int | None = None) -> Card:
 def solution(key: str, give_up: bool = False) -> Card:
     """The reference answer and why it works; after two tries, or with give_up=True."""
     exercise = find(key)
-    attempts = state.read(key).get("attempts", 0)
-    if attempts < 2 and not give_up and not state.read(key).get("passed"):
+    record = state.read(key)
+    attempts = record.get("attempts", 0)
+    if attempts < 2 and not give_up and not record.get("passed"):
         return Card("○ Not yet", [f'It opens after two tries (so far {attempts}), or with solution("{key}", give_up=True).'])
     state.write(key, saw_solution=True)
     return Card(f"{key}: the reference answer", [exercise.why] if exercise.why else [], code=exercise.source())

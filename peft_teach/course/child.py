@@ -15,9 +15,8 @@ import sys
 import threading
 from typing import BinaryIO, Iterator
 
-from peft_teach.course.codec import MAX_BYTES, CodecError, decode, encode
-from peft_teach.course.subject import LIMIT_SECONDS, Channel, Host, OutOfTime, Subject, SubjectError, _describe_error, quiet
-from peft_teach.course.use import run_source
+from peft_teach.course.codec import MAX_BYTES, CodecError
+from peft_teach.course.subject import LIMIT_SECONDS, Channel, Host, OutOfTime, Subject, SubjectError
 
 
 def write_frame(stream: BinaryIO, kind: bytes, message: bytes) -> None:
@@ -93,18 +92,7 @@ def main() -> None:
             _, message = read_frame(requests)
         except EOFError:
             return
-        request = decode(message, lambda number, methods: None)
-        if request["op"] != "load":
-            write_frame(replies, b"R", host.handle(message))
-            continue
-        reply = {"value": None, "printed": "", "warnings": []}
-        with quiet() as printed:
-            try:
-                host.answer, host.key = run_source(request["source"], request["name"]), request["key"]
-            except (Exception, SystemExit) as error:
-                reply["error"] = _describe_error(error)
-        reply["printed"] = printed.getvalue()[:2000]
-        write_frame(replies, b"R", encode(reply))
+        write_frame(replies, b"R", host.handle(message))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from typing import Any, Callable, Iterator
 
 from peft_teach.course.subject import Subject
 
-KINDS = ("function", "module", "property", "answer")
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -32,7 +30,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Exercise:
-    """`key` is chapter.answer; `module` holds the reference answer under the same name.
+    """`key` is chapter.answer; kind: function, module, property or answer; `module` holds the reference answer under the same name.
 
     needs: keys whose answers this one may build on. unit: of an answer that is a number.
     oracle: makes the real library's answer to the same question. hints: three (title, text),

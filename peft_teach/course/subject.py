@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from peft_teach.course.codec import CodecError, LinearSpec, Ref, Remote, decode, encode
+from peft_teach.course.use import run_source
 
 LIMIT_SECONDS = 20.0  # between operations of one check
 
@@ -92,6 +93,10 @@ class Host:
         number = max(self.objects, default=-1) + 1
         self.objects[number] = value
         return Ref(number)
+
+    def op_load(self, source: str, name: str, key: str) -> None:
+        """The first request to a child process: run the learner's text, and hold what `name` is in it."""
+        self.answer, self.key = run_source(source, name), key
 
     def op_describe(self) -> dict:
         return describe(self.answer, self.key)

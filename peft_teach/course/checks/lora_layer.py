@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from peft_teach.course.checking import NotCovered
 from peft_teach.course.codec import LinearSpec, Remote
 from peft_teach.course.exercise import Exercise, Probe
+from peft_teach.course.mistakes import edited, run_once
 from peft_teach.course.subject import Instance, Subject, SubjectError
+from peft_teach.lora.layer import LoRALinear
 
 CHAPTER = "03_lora_layer"
 LAYER = "peft_teach.lora.layer"
@@ -575,17 +577,9 @@ def _candidates() -> dict[str, tuple[bool, tuple[str, str] | None, dict]]:
     }
 
 
-def _layer_for(name: str, s: dict) -> tuple[nn.Module, Tensor]:
-    import importlib
-    import inspect
-
-    from peft_teach.course.use import run_source
-
-    _, edit, setup = _candidates()[name]
-    text = inspect.getsource(importlib.import_module(LAYER))
-    if edit is not None and text.count(edit[0]) != 1:
-        raise ValueError(f"the edit of {name!r} occurs {text.count(edit[0])} times in {LAYER}, not once")
-    Layer = run_source(text.replace(*edit) if edit else text, "LoRALinear")
+def _layer_for(edit: tuple[str, str] | None, setup: dict, s: dict) -> tuple[nn.Module, Tensor]:
+    """(a layer, right or edited, and set up; an input for it)"""
+    Layer = run_once(edited(LAYER, edit), "LoRALinear") if edit else LoRALinear
     W, bias, A, B, x = draw(s, "W", "bias", "A", "B", "x")
     layer = Layer(LinearSpec(W * setup.get("W", 1.0), bias).build(), r=s["r"], lora_alpha=s["lora_alpha"], lora_dropout=setup.get("lora_dropout", 0.0))
     layer.lora_A.data.copy_(A)
@@ -593,16 +587,14 @@ def _layer_for(name: str, s: dict) -> tuple[nn.Module, Tensor]:
     return layer, x
 
 
-def _verdict_on(name: str):
+def _verdict_on(name: str, right: bool, edit: tuple[str, str] | None, setup: dict) -> Probe:
     def probe(subject: Subject, s: dict) -> Items:
-        layer, x = _layer_for(name, s)
+        layer, x = _layer_for(edit, setup, s)
         subject.seed(s["seed"])
         remote = Remote(layer, ("merge", "unmerge"))
-        right = _candidates()[name][0]
         yield ("does your test accept this right layer?" if right else "does your test accept this faulty layer?"), _plain(subject.call(remote, x))
 
-    return Probe(f"{'lets pass' if _candidates()[name][0] else 'catches'}: {name}", probe,
-                 (PROPERTY_SMALL, PROPERTY_MIDDLE))
+    return Probe(f"{'lets pass' if right else 'catches'}: {name}", probe, (PROPERTY_SMALL, PROPERTY_MIDDLE))
 
 
 def _plain(value: Any) -> Any:
@@ -796,7 +788,7 @@ EXERCISES = (
     ),
     Exercise(
         "lora_layer.merge_changes_nothing", "property", COURSE, points=4, minutes=(10, 15), difficulty=4, importance=3,
-        oracle=lambda: merge_is_harmless, probes=tuple(_verdict_on(name) for name in _candidates()),
+        oracle=lambda: merge_is_harmless, probes=tuple(_verdict_on(name, *candidate) for name, candidate in _candidates().items()),
         hints=(
             ("my test catches nothing", "Is B zero? Then the update is zero, and every merge looks right. Write something into lora_B first."),
             ("my test accuses a right layer", "In training mode dropout changes the output from call to call. And equal means up to rounding: compare with the largest output, not with 0."),

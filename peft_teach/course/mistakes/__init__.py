@@ -34,22 +34,25 @@ class Mistake:
         """The module's text with the edit."""
         from peft_teach.course.exercise import find
 
-        text = inspect.getsource(importlib.import_module(find(self.key).module))
-        old, new = self.edit
-        if text.count(old) != 1:
-            raise ValueError(
-                f"mistake {self.cause!r} of {self.key}: its text occurs {text.count(old)} times in "
-                f"{find(self.key).module}, not once:\n{old}"
-            )
-        return text.replace(old, new)
+        return edited(find(self.key).module, self.edit)
 
     def build(self) -> Any:
         """The wrong answer itself."""
-        return _run(self.source(), self.key.partition(".")[2])
+        return run_once(self.source(), self.key.partition(".")[2])
+
+
+def edited(module: str, edit: tuple[str, str]) -> str:
+    """The module's text with the edit. ValueError unless what is replaced occurs exactly once."""
+    text = inspect.getsource(importlib.import_module(module))
+    old, new = edit
+    if text.count(old) != 1:
+        raise ValueError(f"this occurs {text.count(old)} times in {module}, not once:\n{old}")
+    return text.replace(old, new)
 
 
 @functools.lru_cache(maxsize=None)
-def _run(source: str, name: str) -> Any:
+def run_once(source: str, name: str) -> Any:
+    """What `name` is in this text; the same text is run only once."""
     return run_source(source, name, "a mistake in")
 
 
